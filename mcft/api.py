@@ -1,0 +1,216 @@
+"""The API's own types: what agents, gates' owners, the CLI and scripts exchange as JSON.
+
+One definition for server, client and renderer. Fields are only ever added, each with a default, so that
+versions N and N-1 read each other (msgspec ignores unknown fields). Units are in the names.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+API_VERSION = 1
+
+State = Literal[
+    "preparing", "syncing", "protected", "muted", "solo", "resyncing", "taking-over", "active",
+    "lost", "stopped", "unprotected", "failed",
+]  # fmt: skip
+Role = Literal["primary", "standby"]
+BufferChoice = Literal["auto", "plug", "filter", "none"]
+EngineChoice = Literal["auto", "mc", "colo"]
+
+
+class ErrorBody(msgspec.Struct, frozen=True):
+    """An error as the API carries it (`errors.McftError`); exit_code is what the CLI ends with."""
+
+    code: str
+    message: str
+    reason: str = ""
+    next_step: str = ""
+    exit_code: int = 1
+
+
+class Quantiles(msgspec.Struct, frozen=True):
+    """Median and 99th percentile over the last minute or so; None before the first sample."""
+
+    p50: float | None = None
+    p99: float | None = None
+
+
+class Checkpoints(msgspec.Struct, frozen=True):
+    acknowledged: int = 0
+    rate_hz: float = 0.0
+    last_ack_age_ms: float | None = None
+    pause_ms: Quantiles = Quantiles()
+
+
+class NicStatus(msgspec.Struct, frozen=True):
+    target: str
+    held_packets: int = 0
+    held_bytes: int = 0
+    dropped: int = 0
+
+
+class Network(msgspec.Struct, frozen=True):
+    buffer: str = "none"
+    released_epochs: int = 0
+    merged_epochs: int = 0
+    hold_ms: Quantiles = Quantiles()
+    nics: list[NicStatus] = []
+
+
+class DiskStatus(msgspec.Struct, frozen=True):
+    target: str
+    state: str
+    progress: float = 1.0
+
+
+class LinkStatus(msgspec.Struct, frozen=True):
+    """One keepalive path. age_ms: since the peer's newest accepted keepalive on it (None: never)."""
+
+    kind: str
+    link: str
+    age_ms: float | None = None
+    missed: int = 0
+
+
+class ArbiterStatus(msgspec.Struct, frozen=True):
+    kind: str = "standby"
+    reachable: bool = True
+    last_ok_age_ms: float | None = None
+
+
+class Versions(msgspec.Struct, frozen=True):
+    mcft: str = ""
+    qemu: str = ""
+    libvirt: str = ""
+    peer: dict[str, str] = {}
+
+
+class JobBody(msgspec.Struct, frozen=True):
+    """A long act. state: running, done, failed, cancelled. progress: 0.0 to 1.0 or None where unknown."""
+
+    id: str
+    kind: str
+    domain: str
+    state: Literal["running", "done", "failed", "cancelled"]
+    step: str = ""
+    progress: float | None = None
+    started: str = ""
+    finished: str | None = None
+    result: str = ""
+    error: ErrorBody | None = None
+
+
+class EventBody(msgspec.Struct, frozen=True):
+    """One line of the journal of a protection. id rises; time is RFC 3339 UTC."""
+
+    id: int
+    time: str
+    domain: str
+    kind: str
+    text: str
+    level: Literal["info", "warning", "alarm"] = "info"
+
+
+class Protection(msgspec.Struct, frozen=True):
+    """One protection as this host sees it; the object of `mcft status --json` (documented in docs/api.md)."""
+
+    domain: str
+    uuid: str
+    instance: str
+    role: Role
+    peer: str
+    engine: str
+    state: State
+    reason: str | None = None
+    next_step: str | None = None
+    guest_running: bool = False
+    output_flowing: bool = False
+    survives_host_loss: bool = False
+    unsafe: list[str] = []
+    generation: int = 0
+    arbiter: ArbiterStatus = ArbiterStatus()
+    tls: bool = False
+    delay_ms: int = 100
+    mode: str = "periodic"
+    since: str = ""
+    checkpoints: Checkpoints = Checkpoints()
+    network: Network = Network()
+    disks: list[DiskStatus] = []
+    keepalive: list[LinkStatus] = []
+    versions: Versions = Versions()
+    job: JobBody | None = None
+    last_event: EventBody | None = None
+
+
+class Status(msgspec.Struct, frozen=True):
+    host: str
+    protections: list[Protection] = []
+    version: int = API_VERSION
+
+
+class Events(msgspec.Struct, frozen=True):
+    host: str
+    events: list[EventBody] = []
+    version: int = API_VERSION
+
+
+# ---- operators' requests (unix socket, or TLS for a peer named as operator) ----
+
+
+class ProtectRequest(msgspec.Struct, frozen=True):
+    """POST /v1/protections → JobBody. disks: target → path on the standby; overwrite: paths that may be."""
+
+    domain: str
+    to: str
+    delay_ms: int = 100
+    engine: EngineChoice = "auto"
+    netbuffer: BufferChoice = "auto"
+    disks: dict[str, str] = {}
+    overwrite: list[str] = []
+    key: str = ""
+
+
+class ActRequest(msgspec.Struct, frozen=True):
+    """POST /v1/protections/{domain}/{unprotect|failover|solo} → JobBody. key: idempotency key."""
+
+    force: bool = False
+    peer_is_off: bool = False
+    key: str = ""
+
+
+class SetRequest(msgspec.Struct, frozen=True):
+    """POST /v1/protections/{domain}/set → Protection."""
+
+    delay_ms: int | None = None
+
+
+class PeerBody(msgspec.Struct, frozen=True):
+    name: str
+    addresses: list[str]
+    reachable: bool = False
+    mcft: str = ""
+    detail: str = ""
+
+
+class Peers(msgspec.Struct, frozen=True):
+    host: str
+    peers: list[PeerBody] = []
+
+
+def error_body(error: Exception) -> ErrorBody:
+    """Any exception as the API carries it; what is not an `McftError` is ours to mend and says so."""
+    from mcft.errors import McftError
+
+    if isinstance(error, McftError):
+        return ErrorBody(error.code, error.message, error.reason, error.next_step, error.exit_code)
+    return ErrorBody("internal", f"mcft failed inside: {type(error).__name__}: {error}", "", "see the agent's log", 1)
+
+
+def raise_error(body: ErrorBody) -> None:
+    """The other direction: raise what an agent answered."""
+    from mcft.errors import BY_EXIT_CODE, Failed
+
+    raise BY_EXIT_CODE.get(body.exit_code, Failed)(body.code, body.message, body.reason, body.next_step)
