@@ -1,0 +1,164 @@
+"""The added QMP monitor: one connection, replies and events in the order in which QEMU wrote them.
+
+QEMU 11.1 takes a monitor while it runs (`chardev-add` + `object-add monitor-qmp`). Its socket is handed over by
+descriptor, so only root reaches its path. It serves one client at a time. Out-of-band execution is negotiated
+(`qmp_capabilities enable: ["oob"]`), because `yank` must be answered while QEMU's main loop hangs in a dead stream.
+
+`Lines` is the sans-IO half; `Monitor` adds the non-blocking socket for the gate's loop. Specification:
+QEMU `docs/interop/qmp-spec.rst`.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+Message = dict[str, Any]
+MAX_LINE_BYTES = 64 * 1024 * 1024
+
+
+class MonitorGone(ConnectionError):
+    """QEMU closed the monitor, or it can't be reached."""
+
+
+@dataclass
+class Lines:
+    """Bytes in, parsed QMP messages out."""
+
+    _rest: bytes = b""
+
+    def feed(self, data: bytes) -> list[Message]:
+        """Raises: MonitorGone for what is not QMP (a broken line can't be resynchronised)."""
+        *lines, rest = (self._rest + data).split(b"\n")
+        if len(rest) > MAX_LINE_BYTES:
+            raise MonitorGone("a QMP line is longer than 64 MiB")
+        self._rest = rest
+        try:
+            return [json.loads(line) for line in lines if line.strip()]
+        except ValueError as error:
+            raise MonitorGone(f"not QMP: {error}") from None
+
+
+Reply = Callable[[Message], None]
+
+
+@dataclass
+class Monitor:
+    """One client of the added monitor. `connect`, then `receive` whenever the socket is readable."""
+
+    path: str
+    sock: socket.socket | None = None
+    oob: bool = False
+    last_reply_ms: float = float("-inf")
+    _lines: Lines = field(default_factory=Lines)
+    _replies: dict[str, Reply] = field(default_factory=dict)
+    _serial: int = 0
+    _unsent: bytearray = field(default_factory=bytearray)
+
+    def connect(self, timeout_s: float = 2.0) -> None:
+        """Connect and negotiate; blocks (start-up only). Raises: MonitorGone."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        sock.settimeout(timeout_s)
+        try:
+            sock.connect(self.path)
+            greeting = self._read_one(sock)
+            self.oob = "oob" in greeting.get("QMP", {}).get("capabilities", [])
+            enable = {"enable": ["oob"]} if self.oob else {}
+            sock.sendall(json.dumps({"execute": "qmp_capabilities", "arguments": enable}).encode() + b"\n")
+            while "return" not in (answer := self._read_one(sock)):
+                if "error" in answer:
+                    raise MonitorGone(f"QMP negotiation refused: {answer['error'].get('desc')}")
+        except OSError as error:
+            sock.close()
+            raise MonitorGone(f"monitor {self.path}: {error}") from None
+        sock.setblocking(False)
+        self.sock = sock
+
+    def _read_one(self, sock: socket.socket) -> Message:
+        data = b""
+        while not data.endswith(b"\n"):
+            byte = sock.recv(1)
+            if not byte:
+                raise MonitorGone("QEMU closed the monitor during the greeting")
+            data += byte
+        message: Message = json.loads(data)
+        return message
+
+    def send(
+        self, command: str, arguments: Message | None = None, on_reply: Reply | None = None, *, oob: bool = False
+    ) -> None:
+        """Queue and send one command; its reply goes to on_reply. Raises: MonitorGone."""
+        self._serial += 1
+        ident = f"g{self._serial}"
+        if on_reply is not None:
+            self._replies[ident] = on_reply
+        verb = "exec-oob" if oob and self.oob else "execute"
+        message: Message = {verb: command, "id": ident}
+        if arguments:
+            message["arguments"] = arguments
+        self._unsent += json.dumps(message, separators=(",", ":")).encode() + b"\n"
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what is queued as far as the socket takes it. Raises: MonitorGone."""
+        if self.sock is None:
+            raise MonitorGone("not connected")
+        try:
+            while self._unsent:
+                del self._unsent[: self.sock.send(self._unsent)]
+        except BlockingIOError:
+            return
+        except OSError as error:
+            raise MonitorGone(str(error)) from None
+
+    @property
+    def wants_write(self) -> bool:
+        """Whether a command still waits for room in the socket."""
+        return bool(self._unsent)
+
+    def receive(self, now_ms: float) -> list[Message]:
+        """Everything that waits: replies are given to their callers *in order with* the events that are returned.
+
+        The list holds events only; a reply's callback runs at its place in the stream relative to `on_event`.
+        Raises: MonitorGone at the end of the stream (after what came before it was returned by an earlier call).
+        """
+        if self.sock is None:
+            raise MonitorGone("not connected")
+        try:
+            data = self.sock.recv(1 << 20)
+        except BlockingIOError:
+            return []
+        except OSError as error:
+            raise MonitorGone(str(error)) from None
+        if not data:
+            raise MonitorGone("end of file")
+        return self._lines.feed(data)
+
+    def dispatch(self, message: Message, now_ms: float) -> Message | None:
+        """An event is returned; a reply is given to whoever sent its command (None is returned)."""
+        if "event" in message:
+            return message
+        self.last_reply_ms = now_ms
+        on_reply = self._replies.pop(str(message.get("id")), None)
+        if on_reply is not None:
+            on_reply(message)
+        return None
+
+    @property
+    def unanswered(self) -> int:
+        """Commands whose reply has not come."""
+        return len(self._replies)
+
+    def close(self) -> None:
+        """Let go of the socket; every waiting caller gets an error reply."""
+        if self.sock is not None:
+            self.sock.close()
+            self.sock = None
+        waiting, self._replies = self._replies, {}
+        self._unsent.clear()
+        self._lines = Lines()
+        for on_reply in waiting.values():
+            on_reply({"error": {"class": "MonitorGone", "desc": "the monitor closed"}})
