@@ -1,0 +1,367 @@
+"""`/etc/mcft/mcft.toml` → `Config`: read once, checked whole, frozen.
+
+Every key has a default, so an absent file is a valid configuration (of a host that protects nothing yet).
+What is misspelled or misplaced is refused with file, key and what to write: a configuration that is half
+understood would show only when a host dies. `packaging/mcft.toml` documents every key.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import socket
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NoReturn, get_args
+
+from mcft import units
+from mcft.api import BufferChoice
+from mcft.errors import NotFound, Usage
+
+DEFAULT_PATH = Path("/etc/mcft/mcft.toml")
+DEFAULT_PORT = 16520
+
+LOSS_MIN_MS, LOSS_MAX_MS = 50, 10_000
+REPROTECT_MAX_MS = 24 * 3_600_000
+PORTS_PER_PROTECTION = 3
+
+StreamTls = Literal["off", "opportunistic", "required"]
+
+# `etcd` and `fence` join when their rooms exist: a kind that is accepted and not honoured would be unsafe.
+ARBITERS = ("standby",)
+
+# Host names end up in file names, in URLs and in certificates.
+_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,251}[A-Za-z0-9])?")
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Another host's agent. addresses: the first is the replication link, all of them carry keepalives."""
+
+    name: str
+    addresses: tuple[str, ...]
+    port: int = DEFAULT_PORT
+
+
+@dataclass(frozen=True)
+class Config:
+    """One host's configuration; times in milliseconds, bandwidth in bytes per second (0: no limit)."""
+
+    name: str = field(default_factory=socket.gethostname)
+    listen_addresses: tuple[str, ...] = ("0.0.0.0",)
+    listen_port: int = DEFAULT_PORT
+    peers: dict[str, Peer] = field(default_factory=dict)
+    ports: tuple[int, int] = (16530, 16629)
+    loss_ms: int = 300
+    auto_protect: bool = True
+    netbuffer: BufferChoice = "auto"
+    max_bandwidth_bytes: int = 10 * 2**30
+    reprotect_after_ms: int = 60_000
+    reprotect_after_restart_ms: int = 60_000
+    arbiter: str = "standby"
+    operators: tuple[str, ...] = ()
+    pki_dir: Path = Path("/etc/pki")
+    state_dir: Path = Path("/var/lib/mcft")
+    run_dir: Path = Path("/run/mcft")
+    libvirt_uri: str = "qemu:///system"
+    socket_group: str = "libvirt"
+    tls: StreamTls = "off"
+
+    @property
+    def socket_path(self) -> Path:
+        """Where this host's agent listens for its operators."""
+        return self.run_dir / "agent.sock"
+
+    @property
+    def ca_cert(self) -> Path:
+        """libvirt's own PKI files serve the agents as well; so for the four that follow."""
+        return self.pki_dir / "CA" / "cacert.pem"
+
+    @property
+    def client_cert(self) -> Path:
+        return self.pki_dir / "libvirt" / "clientcert.pem"
+
+    @property
+    def client_key(self) -> Path:
+        return self.pki_dir / "libvirt" / "private" / "clientkey.pem"
+
+    @property
+    def server_cert(self) -> Path:
+        return self.pki_dir / "libvirt" / "servercert.pem"
+
+    @property
+    def server_key(self) -> Path:
+        return self.pki_dir / "libvirt" / "private" / "serverkey.pem"
+
+    def peer(self, name: str) -> Peer:
+        """The peer of that name; `NotFound` names those that exist."""
+        try:
+            return self.peers[name]
+        except KeyError:
+            known = (
+                f"configured peers: {', '.join(sorted(self.peers))}"
+                if self.peers
+                else "no peer is configured"
+            )
+            raise NotFound(
+                "no-such-peer", f'no peer is named "{name}"', known, f"add [peers.{name}] to {DEFAULT_PATH}"
+            ) from None
+
+
+def load(path: Path = DEFAULT_PATH, *, must_exist: bool = False) -> Config:
+    """Read and check a configuration file.
+
+    must_exist: whoever named the file wants it read; the default path may be absent. Raises `Usage`.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        if must_exist:
+            raise Usage("no-config", f"the configuration {path} does not exist") from None
+        return Config()
+    except (OSError, UnicodeDecodeError) as error:
+        raise Usage("bad-config", f"the configuration {path} cannot be read", str(error)) from error
+    return parse(text, str(path))
+
+
+def parse(text: str, origin: str = str(DEFAULT_PATH)) -> Config:
+    """Check a configuration's text; origin is what refusals call the file. Raises `Usage`."""
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise Usage("bad-config", f"{origin} is not valid TOML: {error}") from error
+
+    values: dict[str, Any] = {}
+    top = _Table(document, "", origin)
+    top.take(values, "name", "name", _name)
+
+    listen = top.table("listen")
+    listen.take(values, "listen_addresses", "addresses", _listen_addresses)
+    listen.take(values, "listen_port", "port", _port)
+
+    top.table("ports").take(values, "ports", "range", _port_range)
+    top.table("keepalive").take(values, "loss_ms", "loss", _loss)
+
+    protect = top.table("protect")
+    protect.take(values, "auto_protect", "auto", _flag)
+    protect.take(values, "netbuffer", "netbuffer", _one_of(get_args(BufferChoice)))
+    protect.take(values, "max_bandwidth_bytes", "max_bandwidth", _bandwidth)
+
+    reprotect = top.table("reprotect")
+    reprotect.take(values, "reprotect_after_ms", "after", _reprotect_after)
+    reprotect.take(values, "reprotect_after_restart_ms", "after_restart", _reprotect_after)
+
+    top.table("arbiter").take(values, "arbiter", "kind", _one_of(ARBITERS))
+
+    agent = top.table("agent")
+    agent.take(values, "libvirt_uri", "libvirt_uri", _word)
+    agent.take(values, "state_dir", "state_dir", _directory)
+    agent.take(values, "run_dir", "run_dir", _directory)
+    agent.take(values, "socket_group", "socket_group", _word)
+    agent.take(values, "operators", "operators", _names)
+
+    tls = top.table("tls")
+    tls.take(values, "pki_dir", "pki_dir", _directory)
+    tls.take(values, "tls", "streams", _one_of(get_args(StreamTls)))
+
+    values["peers"] = _peers(top.table("peers"))
+    values.setdefault("operators", tuple(values["peers"]))
+    top.finish()
+    return _consistent(Config(**values), top)
+
+
+class _Table:
+    """One TOML table that is emptied key by key; what is left at the end is unknown."""
+
+    def __init__(self, raw: dict[str, Any], path: str, origin: str) -> None:
+        self._left, self._path, self._origin = dict(raw), path, origin
+        self._known: list[str] = []
+        self._tables: list[_Table] = []
+
+    def take(self, values: dict[str, Any], attribute: str, key: str, read: Callable[[Any], Any]) -> None:
+        """Move a key, if it is there, into values; read raises ValueError with what to write."""
+        self._known.append(key)
+        if key not in self._left:
+            return
+        raw = self._left.pop(key)
+        try:
+            values[attribute] = read(raw)
+        except (ValueError, Usage) as error:
+            self.refuse(key, error.message if isinstance(error, Usage) else str(error))
+
+    def table(self, key: str) -> _Table:
+        self._known.append(key)
+        raw = self._left.pop(key, {})
+        if not isinstance(raw, dict):
+            self.refuse(key, f"must be a table: write [{self._name(key)}] on a line of its own")
+        table = _Table(raw, self._name(key), self._origin)
+        self._tables.append(table)
+        return table
+
+    def untaken(self) -> list[str]:
+        return list(self._left)
+
+    def finish(self) -> None:
+        """Refuse what nobody took, here and in every table below."""
+        for key in self._left:
+            self.refuse(key, f"is not a key that mcft knows; here it knows {', '.join(self._known)}")
+        for table in self._tables:
+            table.finish()
+
+    def refuse(self, key: str, what: str) -> NoReturn:
+        raise Usage("bad-config", f"{self._origin}: {self._name(key)}: {what}")
+
+    def _name(self, key: str) -> str:
+        return f"{self._path}.{key}" if self._path else key
+
+
+def _peers(tables: _Table) -> dict[str, Peer]:
+    peers: dict[str, Peer] = {}
+    for name in tables.untaken():
+        table = tables.table(name)
+        try:
+            _name(name)
+        except ValueError as error:
+            tables.refuse(name, str(error))
+        values: dict[str, Any] = {}
+        table.take(values, "addresses", "addresses", _peer_addresses)
+        table.take(values, "port", "port", _port)
+        if "addresses" not in values:
+            tables.refuse(
+                name, 'needs its addresses: write addresses = ["192.0.2.2"], the replication link first'
+            )
+        peers[name] = Peer(name=name, **values)
+    return peers
+
+
+def _consistent(config: Config, top: _Table) -> Config:
+    """Checks between keys; each key alone is sound by now."""
+    if config.name in config.peers:
+        top.refuse(f"peers.{config.name}", "is this host itself (see name): write the other host's name")
+    first, last = config.ports
+    taken: dict[tuple[str, int], str] = {}
+    for peer in config.peers.values():
+        for address in peer.addresses:
+            other = taken.setdefault((address, peer.port), peer.name)
+            if other != peer.name:
+                top.refuse(f"peers.{peer.name}.addresses", f"{address} belongs to peer {other} already")
+    if first <= config.listen_port <= last:
+        top.refuse("ports.range", f"contains the agent's own port {config.listen_port}: move one of them")
+    return config
+
+
+# ---- readers of one value: the value, or ValueError with what to write ----
+
+
+def _word(raw: Any) -> str:
+    if not isinstance(raw, str) or not raw.strip():
+        raise ValueError("must be a text in quotes")
+    return raw
+
+
+def _flag(raw: Any) -> bool:
+    if not isinstance(raw, bool):
+        raise ValueError("must be true or false, without quotes")
+    return raw
+
+
+def _name(raw: Any) -> str:
+    if not isinstance(raw, str) or not _NAME.fullmatch(raw):
+        raise ValueError('must be a host\'s name of letters, digits, ".", "-" and "_", like "host1"')
+    return raw
+
+
+def _names(raw: Any) -> tuple[str, ...]:
+    return tuple(_name(item) for item in _list(raw, '["host2"]'))
+
+
+def _directory(raw: Any) -> Path:
+    if not isinstance(raw, str) or not raw.startswith("/"):
+        raise ValueError("must be an absolute path in quotes")
+    return Path(raw)
+
+
+def _port(raw: Any) -> int:
+    if isinstance(raw, bool) or not isinstance(raw, int) or not 1 <= raw <= 65535:
+        raise ValueError("must be a port, 1 to 65535, without quotes")
+    return raw
+
+
+def _port_range(raw: Any) -> tuple[int, int]:
+    match = re.fullmatch(r"\s*([0-9]{1,5})\s*-\s*([0-9]{1,5})\s*", raw) if isinstance(raw, str) else None
+    if match is None:
+        raise ValueError('must be two ports: write "16530-16629"')
+    first, last = int(match[1]), int(match[2])
+    if not 1024 <= first <= last <= 65535:
+        raise ValueError('must rise and stay within 1024 to 65535: write "16530-16629"')
+    if last - first + 1 < PORTS_PER_PROTECTION:
+        raise ValueError(f"must hold {PORTS_PER_PROTECTION} ports per protection at least")
+    return first, last
+
+
+def _loss(raw: Any) -> int:
+    milliseconds = units.parse_duration_ms(_quantity(raw, "300ms"), what="time")
+    if not LOSS_MIN_MS <= milliseconds <= LOSS_MAX_MS:
+        raise ValueError('must be 50ms to 10s: write "300ms"')
+    return round(milliseconds)
+
+
+def _reprotect_after(raw: Any) -> int:
+    milliseconds = units.parse_duration_ms(_quantity(raw, "60s"), what="time")
+    if milliseconds > REPROTECT_MAX_MS:
+        raise ValueError('must be 24h at most: write "60s"')
+    return round(milliseconds)
+
+
+def _bandwidth(raw: Any) -> int:
+    if raw == 0 and not isinstance(raw, bool):
+        return 0
+    return units.parse_rate_bytes(_quantity(raw, "10GiB"), what="bandwidth")
+
+
+def _quantity(raw: Any, example: str) -> str:
+    if not isinstance(raw, str):
+        raise ValueError(f'must be a text with its unit: write "{example}"')
+    return raw
+
+
+def _one_of(choices: tuple[str, ...]) -> Callable[[Any], str]:
+    def read(raw: Any) -> str:
+        if not isinstance(raw, str) or raw not in choices:
+            known = ", ".join(f'"{choice}"' for choice in choices)
+            raise ValueError(f"must be {'one of ' if len(choices) > 1 else ''}{known}")
+        return raw
+
+    return read
+
+
+def _listen_addresses(raw: Any) -> tuple[str, ...]:
+    return tuple(str(_address(item)) for item in _list(raw, '["0.0.0.0"]'))
+
+
+def _peer_addresses(raw: Any) -> tuple[str, ...]:
+    addresses = [_address(item) for item in _list(raw, '["192.0.2.2"]')]
+    for address in addresses:
+        if address.is_unspecified or address.is_multicast:
+            raise ValueError(f"{address} is no address of one host")
+    if len(set(addresses)) != len(addresses):
+        raise ValueError("must not name an address twice: each is a link of its own")
+    return tuple(str(address) for address in addresses)
+
+
+def _list(raw: Any, example: str) -> list[Any]:
+    if not isinstance(raw, list) or not raw:
+        raise ValueError(f"must be a list in brackets: write {example}")
+    return raw
+
+
+def _address(raw: Any) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    # Names are refused: they would be looked up at the moment of a failure, when DNS may be down as well.
+    try:
+        if not isinstance(raw, str):
+            raise ValueError
+        return ipaddress.ip_address(raw)
+    except ValueError:
+        raise ValueError(f"{raw!r} is no IP address: write the number, names depend on DNS") from None
