@@ -1,0 +1,51 @@
+# shellcheck shell=bash
+# Words, paths and small helpers that every part of the lab uses. Sourced, never run.
+
+LAB=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+REPO=$(dirname "$LAB")
+CACHE=$LAB/.cache            # the one folder that outlives the lab (git-ignored)
+TREE=$CACHE/tree             # the Debian system that every host's root is an overlay of
+STATE=/run/mcft-lab          # what exists only while the lab is up
+HOSTS="h1 h2"                # these run systemd, libvirtd and the agent
+PLAIN="cl arb sw"            # these run nothing but what `lab run` starts there
+ALL="$HOSTS $PLAIN"
+
+now_ms() { local t=${EPOCHREALTIME/./}; echo $((t / 1000)); }
+T0=$(now_ms)
+say() {
+    local d=$(($(now_ms) - T0))
+    printf '[%3d.%01ds] %s\n' $((d / 1000)) $((d % 1000 / 100)) "$*" >&2
+}
+die() { printf 'lab: %s\n' "$*" >&2; exit 1; }
+
+# wait_for SECONDS WHAT CMD…: poll CMD until it succeeds; one clear sentence if it never does.
+wait_for() {
+    local end=$(($(now_ms) + $1 * 1000)) what=$2
+    shift 2
+    until "$@" >/dev/null 2>&1; do
+        [ "$(now_ms)" -lt "$end" ] || { printf 'lab: gave up waiting for %s\n' "$what" >&2; return 1; }
+        read -rt 0.03 <> <(:) || :
+    done
+}
+
+hostname_of() { case $1 in h1) echo host1 ;; h2) echo host2 ;; *) echo "$1" ;; esac; }
+lan_ip() { case $1 in h1) echo 10.77.0.1 ;; h2) echo 10.77.0.2 ;; cl) echo 10.77.0.100 ;; arb) echo 10.77.0.200 ;; esac; }
+rep_ip() { case $1 in h1) echo 10.99.0.1 ;; h2) echo 10.99.0.2 ;; arb) echo 10.99.0.200 ;; esac; }
+is_host() { case " $HOSTS " in *" $1 "*) return 0 ;; *) return 1 ;; esac; }
+
+# A process is named by pid and start time together, so that a recycled pid is never mistaken for ours.
+start_time() { local s; read -r s < "/proc/$1/stat" 2>/dev/null || return 1; s=${s##*) }; set -- $s; echo "${20}"; }
+record_pid() { echo "$1 $(start_time "$1")" > "$2.new" && mv "$2.new" "$2"; }
+
+# recorded_pid FILE: prints the pid if the recorded process still lives.
+recorded_pid() {
+    local pid start
+    read -r pid start < "$1" 2>/dev/null || return 1
+    [ "$(start_time "$pid")" = "$start" ] && echo "$pid"
+}
+init_pid() { recorded_pid "$STATE/$1/init"; }
+
+# cgroup2 is at /sys/fs/cgroup on a usual machine and below it on a hybrid one.
+cgroup_root() { awk '$3 == "cgroup2" { print $2; exit }' /proc/mounts; }
+
+lab_run() { "$LAB/lab" run "$@"; }

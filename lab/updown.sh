@@ -1,0 +1,113 @@
+# shellcheck shell=bash
+# Up, down, status, install.
+
+# One `up` or `down` at a time. The lock is in the cache, as it must outlive the lab; hosts do not inherit it.
+take_lock() {
+    mkdir -p "$CACHE"
+    exec 9> "$CACHE/lock"
+    flock -w "${1:-0}" 9 || die "another 'lab/lab up' or 'down' is running"
+}
+
+lab_up() {
+    local h
+    take_lock
+    if [ -e "$STATE/up" ]; then
+        for h in $ALL; do init_pid "$h" > /dev/null || die "the lab is up but $h is not (lab/lab power $h on, or lab/lab down)"; done
+        say "already up"
+        return 0
+    fi
+    tear_down # what a broken lab may have left
+    machine_packages
+    build_tree
+    build_venv
+    build_pki
+    build_guest
+    build_small
+    say "network and hosts"
+    mkdir -p "$STATE/links" "$CG"
+    net_switch_up
+    for h in $ALL; do net_host_up "$h"; host_disk_new "$h"; done
+    for h in $ALL; do host_start "$h"; done
+    say "waiting for systemd and libvirtd"
+    for h in $HOSTS; do host_ready "$h"; done
+    : > "$STATE/up"
+    say "up"
+}
+
+build_small() {
+    local want
+    want=$(hash_of "$LAB/enter.c")
+    if ! stamp_is enter "$want"; then
+        gcc -O2 -Wall -Wextra -o "$CACHE/enter" "$LAB/enter.c" || die "enter.c does not compile"
+        echo "$want" > "$CACHE/enter.stamp"
+    fi
+    [ -e "$CACHE/store.img" ] && return
+    truncate -s 64M "$CACHE/store.new"
+    mkfs.ext4 -q -E lazy_itable_init=0,lazy_journal_init=0,root_owner=0:0 "$CACHE/store.new"
+    mv "$CACHE/store.new" "$CACHE/store.img"
+}
+
+# Everything by the lab's own records: its cgroup, its namespaces' names, its mounts, its loop files. In an order in which each
+# step works whether or not the earlier ones had anything to do.
+tear_down() {
+    local h l
+    if [ -d "$CG" ]; then
+        kill_cgroup || die "processes of the lab do not end: $(cat "$CG"/cgroup.procs "$CG"/*/cgroup.procs 2>/dev/null | tr '\n' ' ')"
+        find "$CG" -depth -type d -exec rmdir {} + 2>/dev/null || :
+        [ ! -d "$CG" ] || wait_for 5 "the lab's cgroups to empty" remove_cgroups
+    fi
+    for h in $ALL; do net_host_down "$h"; done
+    awk -v s="$STATE/" 'index($2, s) == 1 { print $2 }' /proc/mounts | tac | while read -r l; do umount "$l" || umount -l "$l"; done
+    for h in $HOSTS; do
+        losetup -j "$(hdir "$h")/store.img" 2>/dev/null | cut -d: -f1 | while read -r l; do losetup -d "$l"; done
+    done
+    rm -rf "$STATE"
+}
+
+# Kills the whole tree of groups, and waits: the groups are empty when the last process is gone.
+kill_cgroup() {
+    if [ -e "$CG/cgroup.kill" ]; then
+        echo 1 > "$CG/cgroup.kill"
+    else
+        find "$CG" -name cgroup.procs -exec cat {} + | while read -r l; do kill -KILL "$l" 2>/dev/null || :; done
+    fi
+    wait_for 10 "the lab's processes to end" grep -q '^populated 0' "$CG/cgroup.events"
+}
+remove_cgroups() { find "$CG" -depth -type d -exec rmdir {} + && [ ! -d "$CG" ]; }
+
+lab_down() {
+    take_lock 10
+    tear_down
+    for h in $ALL; do rm -rf "$(hdir "$h")"; done
+    say "down"
+}
+
+lab_status() {
+    local h pid
+    [ -d "$STATE" ] || { echo "the lab is down"; return 1; }
+    [ -e "$STATE/up" ] || echo "the lab is only partly up (lab/lab down cleans it)"
+    for h in $ALL; do
+        if pid=$(init_pid "$h"); then
+            printf '%-4s up   pid %-7s %s %s' "$h" "$pid" "$(lan_ip "$h")" "$(rep_ip "$h")"
+            if is_host "$h"; then
+                printf ' libvirtd=%s agent=%s domains=%s' $(lab_run "$h" -- systemctl is-active libvirtd mcft-agent || :) \
+                    "$(lab_run "$h" -- virsh -q list --all 2>/dev/null | awk '{ d = d sep $2 ":" $3; sep = "," } END { print d ? d : "none" }')"
+            fi
+            echo
+        else
+            printf '%-4s off\n' "$h"
+        fi
+    done
+    for h in "$STATE"/links/*; do [ ! -e "$h" ] || echo "link ${h##*/} is down"; done
+}
+
+lab_install() {
+    local h pid
+    for h in $HOSTS; do
+        pid=$(init_pid "$h") || continue
+        mcft_files "$h" "/proc/$pid/root"
+        host_units "/proc/$pid/root"
+        lab_run "$h" -- systemctl daemon-reload
+        [ ! -e "$REPO/packaging/mcft-agent.service" ] || lab_run "$h" -- systemctl start --no-block mcft-agent.service
+    done
+}
