@@ -99,7 +99,8 @@ host_start() {
 
 host_rooted() {
     local pid
-    read -r pid _ < "/proc/$2/task/$2/children" && [ -e "/proc/$pid/root/run/mcft-lab-host" ] && record_pid "$pid" "$STATE/$1/init"
+    read -r pid _ < "/proc/$2/task/$2/children" || : # the file has no newline
+    [ -n "$pid" ] && [ -e "/proc/$pid/root/run/mcft-lab-host" ] && record_pid "$pid" "$STATE/$1/init"
 }
 
 # A host is up when systemd has finished and libvirtd answers.
