@@ -1,0 +1,107 @@
+"""One plain `selectors` loop with timers, and generators as its only kind of task. Nothing here knows what a gate is.
+
+A task is a generator that yields what it waits for: `Commands` (sent down the monitor in one go; the list of replies
+comes back), `Until` (a condition, looked at every turn, with a deadline; True or False comes back).
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import selectors
+import socket
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def boottime_ms() -> float:
+    """CLOCK_BOOTTIME in milliseconds: it goes on while the host sleeps, and never steps."""
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME) / 1e6
+
+
+@dataclass(frozen=True, slots=True)
+class Commands:
+    """QMP commands, (name, arguments) each, sent without waiting in between."""
+
+    commands: list[tuple[str, dict[str, Any]]]
+    fds: tuple[int, ...] = ()
+    oob: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Until:
+    """Wait until the condition holds, at most until deadline_ms."""
+
+    condition: Callable[[], bool]
+    deadline_ms: float
+
+
+Task = Generator[Commands | Until, Any, None]
+
+
+@dataclass
+class Loop:
+    """`run` until `stop`; `after` for timers; `watch` for sockets; `spawn` for tasks."""
+
+    send_commands: Callable[[Commands, Callable[[list[dict[str, Any]]], None]], None]
+    selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
+    running: bool = True
+    _timers: list[tuple[float, int, Callable[[], None]]] = field(default_factory=list)
+    _order: Any = field(default_factory=itertools.count)
+    _waiting: list[tuple[Until, Task]] = field(default_factory=list)
+
+    def watch(self, sock: socket.socket | int, events: int, handler: Callable[[int], None]) -> None:
+        """Call handler(events) when the socket is ready; watching it again changes what is watched."""
+        try:
+            self.selector.modify(sock, events, handler)
+        except KeyError:
+            self.selector.register(sock, events, handler)
+
+    def forget(self, sock: socket.socket | int) -> None:
+        """Stop watching; unknown sockets are fine."""
+        try:
+            self.selector.unregister(sock)
+        except (KeyError, ValueError):
+            return
+
+    def after(self, delay_ms: float, call: Callable[[], None]) -> None:
+        """Call once, delay_ms from now."""
+        heapq.heappush(self._timers, (boottime_ms() + delay_ms, next(self._order), call))
+
+    def spawn(self, task: Task) -> None:
+        """Start a task at once; it runs up to its first wait."""
+        self._step(task, None)
+
+    def _step(self, task: Task, value: Any) -> None:
+        try:
+            wanted = task.send(value)
+        except StopIteration:
+            return
+        if isinstance(wanted, Commands):
+            self.send_commands(wanted, lambda replies: self._step(task, replies))
+        else:
+            self._waiting.append((wanted, task))
+
+    def turn(self, on_turn: Callable[[float], None]) -> None:
+        """Wait for the next thing, then let everything that is due happen."""
+        now = boottime_ms()
+        timeout_ms = min(50.0, max(0.0, self._timers[0][0] - now)) if self._timers else 50.0
+        if self._waiting:
+            timeout_ms = min(timeout_ms, 1.0)
+        ready = self.selector.select(timeout_ms / 1000)
+        on_turn(boottime_ms())
+        for key, events in ready:
+            key.data(events)
+        now = boottime_ms()
+        while self._timers and self._timers[0][0] <= now:
+            heapq.heappop(self._timers)[2]()
+        waiting, self._waiting = self._waiting, []
+        for until, task in waiting:
+            if until.condition():
+                self._step(task, True)
+            elif now >= until.deadline_ms:
+                self._step(task, False)
+            else:
+                self._waiting.append((until, task))
