@@ -33,6 +33,7 @@ host_files() {
     install -d -m 755 "$r/etc/libvirt/hooks" "$r/etc/mcft" "$r/etc/systemd/system/mcft-gate@.service.d" "$r/etc/systemd/system/mcft-agent.service.d"
     install -m 644 "$LAB/files/qemu.conf" "$LAB/files/libvirtd.conf" "$r/etc/libvirt/"
     rm -f "$r/etc/libvirt/qemu/networks/autostart/default.xml"
+    echo 'LIBVIRTD_ARGS=' > "$r/etc/default/libvirtd" # Debian's --timeout 120 would end an idle libvirtd
     mcft_files "$n" "$r"
     host_units "$r"
 }
