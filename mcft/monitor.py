@@ -87,19 +87,24 @@ class Monitor:
         message: Message = json.loads(data)
         return message
 
-    def send(
+    def encode(
         self, command: str, arguments: Message | None = None, on_reply: Reply | None = None, *, oob: bool = False
-    ) -> None:
-        """Queue and send one command; its reply goes to on_reply. Raises: MonitorGone."""
+    ) -> bytes:
+        """The line of one command; its reply will go to on_reply."""
         self._serial += 1
         ident = f"g{self._serial}"
         if on_reply is not None:
             self._replies[ident] = on_reply
-        verb = "exec-oob" if oob and self.oob else "execute"
-        message: Message = {verb: command, "id": ident}
+        message: Message = {("exec-oob" if oob and self.oob else "execute"): command, "id": ident}
         if arguments:
             message["arguments"] = arguments
-        self._unsent += json.dumps(message, separators=(",", ":")).encode() + b"\n"
+        return json.dumps(message, separators=(",", ":")).encode() + b"\n"
+
+    def send(
+        self, command: str, arguments: Message | None = None, on_reply: Reply | None = None, *, oob: bool = False
+    ) -> None:
+        """Queue and send one command. Raises: MonitorGone."""
+        self._unsent += self.encode(command, arguments, on_reply, oob=oob)
         self.flush()
 
     def flush(self) -> None:
@@ -119,11 +124,10 @@ class Monitor:
         """Whether a command still waits for room in the socket."""
         return bool(self._unsent)
 
-    def receive(self, now_ms: float) -> list[Message]:
-        """Everything that waits: replies are given to their callers *in order with* the events that are returned.
+    def receive(self) -> list[Message]:
+        """All messages that wait, in QEMU's order; give each to `dispatch` before looking at the next.
 
-        The list holds events only; a reply's callback runs at its place in the stream relative to `on_event`.
-        Raises: MonitorGone at the end of the stream (after what came before it was returned by an earlier call).
+        Raises: MonitorGone at the end of the stream (what came before it was returned by an earlier call).
         """
         if self.sock is None:
             raise MonitorGone("not connected")
