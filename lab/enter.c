@@ -1,4 +1,5 @@
-/* enter PID CMD…: run CMD in every namespace of PID. What nsenter does, and besides: the command dies with us, signals are
+/* enter --clock: print CLOCK_BOOTTIME in seconds.
+ * enter PID CMD…: run CMD in every namespace of PID. What nsenter does, and besides: the command dies with us, signals are
  * passed on, and the environment is a host's and not the caller's. Small because every test pays for it many times. */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -11,6 +12,7 @@
 #include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 static pid_t child;
@@ -41,6 +43,11 @@ int main(int argc, char **argv)
     struct sigaction a = {.sa_sigaction = pass_on, .sa_flags = SA_SIGINFO | SA_RESTART};
     sigset_t block, old;
     int status;
+    if (argc == 2 && !strcmp(argv[1], "--clock")) {
+        struct timespec t;
+        clock_gettime(CLOCK_BOOTTIME, &t);
+        return printf("%ld.%06ld\n", (long)t.tv_sec, t.tv_nsec / 1000) < 0;
+    }
     if (argc < 3)
         return 2;
     int fd = syscall(SYS_pidfd_open, atoi(argv[1]), 0);

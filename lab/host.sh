@@ -99,7 +99,7 @@ host_start() {
 }
 
 host_rooted() {
-    local pid
+    local pid=
     read -r pid _ < "/proc/$2/task/$2/children" || : # the file has no newline
     [ -n "$pid" ] && [ -e "/proc/$pid/root/run/mcft-lab-host" ] && record_pid "$pid" "$STATE/$1/init"
 }
@@ -121,17 +121,15 @@ host_kill() {
 # Pull the plug: first nothing gets out any more, then every process dies in one go, and what the agent's store had not yet
 # given to its disk is gone: the disk is copied as it is, before the umount which would flush.
 power_off() {
-    local n=$1 d t0 t1 t2
+    local n=$1 d pid t0 t1 t2
     d=$(hdir "$n")
-    init_pid "$n" > /dev/null || die "$n is off already"
-    local pid
-    pid=$(init_pid "$n")
-    t0=$(uptime_ms)
+    pid=$(init_pid "$n") || die "$n is off already"
+    t0=$("$CACHE/enter" --clock)
     net_cut "$n-lan" "$n-rep"
-    t1=$(uptime_ms)
+    t1=$("$CACHE/enter" --clock)
     kill -KILL "$pid"
     wait_for 10 "the processes of $n to end" test ! -e "/proc/$pid" || :
-    t2=$(uptime_ms)
+    t2=$("$CACHE/enter" --clock)
     rm -f "$STATE/$n/init"
     net_host_down "$n"
     if is_host "$n"; then
@@ -140,11 +138,9 @@ power_off() {
         wait_for 5 "the loop device of $n" no_loop "$d/store.img" || :
         mv "$d/store.cut" "$d/store.img"
     fi
-    # CLOCK_BOOTTIME, comparable with what any process on the machine reads
-    echo "cut_begin=$t0 cut_done=$t1 dead=$t2 (ms of CLOCK_BOOTTIME)"
+    echo "cut_begin=$t0 cut_done=$t1 dead=$t2 (seconds of CLOCK_BOOTTIME, which is the same in every host)"
 }
 
-uptime_ms() { local u; read -r u _ < /proc/uptime; u=${u/./}; echo $((10#$u * 10)); }
 no_loop() { [ -z "$(losetup -j "$1")" ]; }
 
 power_on() {

@@ -34,13 +34,13 @@ rep_ip() { case $1 in h1) echo 10.99.0.1 ;; h2) echo 10.99.0.2 ;; arb) echo 10.9
 is_host() { case " $HOSTS " in *" $1 "*) return 0 ;; *) return 1 ;; esac; }
 
 # A process is named by pid and start time together, so that a recycled pid is never mistaken for ours.
-start_time() { local s; read -r s < "/proc/$1/stat" 2>/dev/null || return 1; s=${s##*) }; set -- $s; echo "${20}"; }
+start_time() { local s; { read -r s < "/proc/$1/stat"; } 2>/dev/null || return 1; s=${s##*) }; set -- $s; echo "${20}"; }
 record_pid() { echo "$1 $(start_time "$1")" > "$2.new" && mv "$2.new" "$2"; }
 
 # recorded_pid FILE: prints the pid if the recorded process still lives.
 recorded_pid() {
     local pid start
-    read -r pid start < "$1" 2>/dev/null || return 1
+    [ -e "$1" ] && read -r pid start < "$1" || return 1
     [ "$(start_time "$pid")" = "$start" ] && echo "$pid"
 }
 init_pid() { recorded_pid "$STATE/$1/init"; }

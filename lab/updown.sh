@@ -57,6 +57,7 @@ tear_down() {
         [ ! -d "$CG" ] || wait_for 5 "the lab's cgroups to empty" remove_cgroups
     fi
     for h in $ALL; do net_host_down "$h"; done
+    # (the mount namespaces of the dead go with them; these are the machine's own)
     awk -v s="$STATE/" 'index($2, s) == 1 { print $2 }' /proc/mounts | tac | while read -r l; do umount "$l" || umount -l "$l"; done
     for h in $HOSTS; do
         losetup -j "$(hdir "$h")/store.img" 2>/dev/null | cut -d: -f1 | while read -r l; do losetup -d "$l"; done
