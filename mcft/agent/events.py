@@ -1,7 +1,7 @@
 """What happened, for people: the journal behind `mcft events`.
 
-`EventLog.emit` never blocks and never fails; a task of its own carries events to the disk. Whatever the disk does,
-the newest 1,000 are in memory.
+`EventLog.emit` never blocks and never fails; a task of its own carries events to the disk. Whatever the
+disk does, the newest 1,000 are in memory.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def utc_now() -> str:
 
 
 class EventLog:
-    """The agent's journal. Make one with `await EventLog.open(store)`; all methods belong to the loop's thread.
+    """The agent's journal. Make one with `await EventLog.open(store)`; all methods belong to the loop.
 
     Ids rise by one from event to event and go on where they were after a restart.
     """
@@ -99,8 +99,8 @@ class EventLog:
     ) -> list[api.EventBody]:
         """The newest events (at most 1,000) with an id above `after` (of one domain), oldest first.
 
-        With none yet it waits up to `wait_s` seconds for the first; [] when that time is over. An `after` from a
-        journal that is lost (an id never given here) counts as "from now on".
+        With none yet it waits up to `wait_s` seconds for the first; [] when that time is over. An `after`
+        from a journal that is lost (an id never given here) counts as "from now on".
         """
         after = min(after, self._next_id - 1)
         deadline = asyncio.get_running_loop().time() + wait_s
@@ -210,7 +210,7 @@ class EventFile:
 
 def _open(path: Path) -> sqlite3.Connection:
     for attempt in (1, 2):
-        # Exclusive locking as in `storefile.py`; NORMAL: a power cut may lose the last events, never the file.
+        # Exclusive locking as in `storefile.py`. NORMAL: a power cut may take the last events, not the file.
         db = sqlite3.connect(path, isolation_level=None, timeout=0.5)
         try:
             for pragma in ("locking_mode=EXCLUSIVE", "journal_mode=WAL", "synchronous=NORMAL"):

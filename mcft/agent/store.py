@@ -1,12 +1,12 @@
 """Durable records: SQLite, WAL, synchronous=FULL, one writer (`protocol.md`, "Records").
 
 The connection lives in a thread of its own; every method is awaited, never blocks the event loop, and returns
-only after its commit is on disk. Calls are served in the order in which they were made. A full disk cannot block
-a record (`storefile.py`). Events are for people: they have a file and a thread of their own (`events.py`), and are
-dropped rather than ever taking space or time from a record.
+only after its commit is on disk. Calls are served in the order in which they were made. A full disk cannot
+block a record (`storefile.py`). Events are for people: they have a file and a thread of their own
+(`events.py`), and are dropped rather than ever taking space or time from a record.
 
-What an I/O error leaves on the disk is unknown: the store then refuses everything (`broken`) until the agent has
-started again and read back what is really there.
+What an I/O error leaves on the disk is unknown: the store then refuses everything (`broken`) until the agent
+has started again and read back what is really there.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ from mcft.errors import Failed, McftError, Refused
 T = TypeVar("T")
 
 _INSERT = "INSERT OR IGNORE INTO record(uuid, pid, g, side, kind, time, detail) VALUES (?,?,?,?,?,?,?)"
-_RAISE_GENERATION = "INSERT INTO generation VALUES (?, ?) ON CONFLICT(uuid) DO UPDATE SET highest = max(highest, excluded.highest)"
+_RAISE_GENERATION = (
+    "INSERT INTO generation VALUES (?, ?)"
+    " ON CONFLICT(uuid) DO UPDATE SET highest = max(highest, excluded.highest)"
+)
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,8 @@ class Record:
 class Store:
     """The agent's records. Make one with `await Store.open(path)`; `await close()` at the end.
 
-    Every method for protections, records and meta raises `Failed("store-write" | "store-damaged")` if it cannot
-    do its work. A caller that is cancelled while it waits does not take its write back.
+    Every method for protections, records and meta raises `Failed("store-write" | "store-damaged")` if it
+    cannot do its work. A caller that is cancelled while it waits does not take its write back.
     """
 
     def __init__(self, path: Path) -> None:

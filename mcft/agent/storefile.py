@@ -3,7 +3,7 @@
 Three things can ask a disk for space when SQLite commits: the database (at a checkpoint), the WAL, and the
 shared-memory file. The database therefore keeps free pages that were really written once, the WAL is kept at
 its full size (also over a clean stop, in which SQLite unlinks it), and exclusive locking needs no third file.
-On copy-on-write file systems nothing can be reserved this way: `state_dir` belongs on one that overwrites in place.
+On copy-on-write file systems nothing can be reserved this way: `state_dir` belongs on one that overwrites.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 
 def _make(path: Path) -> None:
-    """A new database appears under its name only when it is whole: a short file is damage and no beginning."""
+    """A new database gets its name only when it is whole: so a short file is damage and no beginning."""
     fresh = path.with_name(path.name + ".new")
     for leftover in (fresh, fresh.with_name(fresh.name + "-wal")):
         leftover.unlink(missing_ok=True)
