@@ -79,6 +79,14 @@ def standby_arbiter_hint(host: str, p: api.Protection) -> str:
     return f"if {standby} dies, {p.domain} is unreachable until `mcft solo {p.domain}` (arbiter: standby)"
 
 
+def check_summary(status: api.Status) -> str:
+    """What `status --check` says when it has nothing to complain about."""
+    count = len(status.protections)
+    return (
+        f"{count} protected, each survives the loss of a host" if count else f"{status.host} protects nothing"
+    )
+
+
 def check_lines(status: api.Status) -> list[str]:
     """A line for each protection that would not survive the loss of a host."""
     return [
@@ -92,7 +100,6 @@ def check_lines(status: api.Status) -> list[str]:
 
 def _headline(host: str, p: api.Protection) -> str:
     primary, standby = (host, p.peer) if p.role == "primary" else (p.peer, host)
-    state = click.style(p.state.upper(), fg=_COLOURS.get(p.state), bold=True)
     guest = "" if p.guest_running or p.role == "standby" else ", guest not running"
     if p.state in ("solo", "active", "unprotected", "stopped"):
         where = f"on {host}, peer {p.peer}"
@@ -100,15 +107,16 @@ def _headline(host: str, p: api.Protection) -> str:
         where = f"on {host}, {p.peer} has it"
     else:
         where = f"on {primary}, standby on {standby}"
-    return f"{click.style(p.domain, bold=True)}  {state}  {p.role} here, {where}{guest}"
+    where = f"{p.role} here, {where}{guest}"
+    gap = "  " if len(p.domain) + len(p.state) + len(where) + 4 <= WIDTH else "\n  "
+    state = click.style(p.state.upper(), fg=_COLOURS.get(p.state), bold=True)
+    return f"{click.style(p.domain, bold=True)}  {state}{gap}{where}"
 
 
 def _facts(p: api.Protection) -> Iterator[tuple[str, str]]:
     period = "" if p.engine == "mc" else f", {p.mode}"
-    yield (
-        "engine",
-        f"{p.engine}{period}, delay {format_delay(p.delay_ms)}, generation {p.generation}, {_arbiter(p.arbiter)}",
-    )
+    delay = f"delay {format_delay(p.delay_ms)}"
+    yield "engine", f"{p.engine}{period}, {delay}, generation {p.generation}, {_arbiter(p.arbiter)}"
     yield "since", p.since
     if p.job is not None and p.job.state == "running":
         yield "job", f"{p.job.kind}: {job_line(p.job)}"

@@ -1,0 +1,406 @@
+"""The command `mcft`: each command parses, makes one client call and renders. No decisions are made here.
+
+Exit codes are the contract of `man/mcft.1` (see `errors`). Click's own usage errors end with 2 as well.
+Answers and progress go to stdout, errors to stderr in one or two sentences.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+import msgspec
+
+from mcft import __version__, api, client, errors, render, units
+
+WATCH_S = 1.0
+
+
+def _quantity(parse: Callable[[str], Any]) -> Callable[[click.Context, click.Parameter, Any], Any]:
+    """An option's callback: the refusals of `units` become Click's usage errors, naming the option."""
+
+    def read(_: click.Context, param: click.Parameter, value: Any) -> Any:
+        try:
+            return parse(value) if value is not None else None
+        except errors.Usage as refusal:
+            raise click.BadParameter(refusal.message, param=param) from refusal
+
+    return read
+
+
+def _timeout_s(text: str) -> float:
+    return units.parse_duration_ms(text, zero_ok=True, what="timeout") / 1000
+
+
+def _states(text: str) -> frozenset[str]:
+    states = frozenset(word.strip() for word in text.split(","))
+    unknown = ", ".join(sorted(states - set(get_args(api.State))))
+    if unknown:
+        raise errors.Usage("no-such-state", f"{unknown} is no state: say {', '.join(get_args(api.State))}")
+    return states
+
+
+_DELAY_HELP = "Time between checkpoints, 10ms to 10s."
+
+
+class _Session:
+    """The global options, and the client they lead to."""
+
+    def __init__(self, host: str | None, config: Path | None) -> None:
+        self.host, self.config = host, config
+
+    def agent(self) -> client.Client:
+        """The configuration is read only where it matters: operators may not be allowed to read it."""
+        if self.host is None and self.config is None:
+            return client.local()
+        from mcft import config
+
+        path = self.config or config.DEFAULT_PATH
+        settings = config.load(path, must_exist=self.config is not None)
+        if self.host is None or self.host == settings.name:
+            return client.local(None if os.environ.get(client.SOCKET_VARIABLE) else settings.socket_path)
+        return client.to_peer(settings, self.host)
+
+
+@click.group(
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.option("--host", metavar="NAME", help="Ask the agent of this configured peer instead of this host's.")
+@click.option(
+    "--config", type=click.Path(path_type=Path), metavar="FILE", help="Instead of /etc/mcft/mcft.toml."
+)
+@click.version_option(__version__, message="mcft %(version)s")
+@click.pass_context
+def cli(ctx: click.Context, host: str | None, config: Path | None) -> None:
+    """Fault tolerance for running libvirt domains: a standby on a second host goes on when the first dies."""
+    ctx.obj = _Session(host, config)
+    _need_command(ctx)
+
+
+# ---- acts ----
+
+
+@cli.command()
+@click.argument("domain")
+@click.option("--to", "to", required=True, metavar="PEER", help="The host that holds the standby.")
+@click.option(
+    "--delay", type=DELAY, default="100ms", show_default=True, help="Time between checkpoints, 10ms to 10s."
+)
+@click.option("--engine", type=click.Choice(get_args(api.EngineChoice)), default="auto", show_default=True)
+@click.option("--netbuffer", type=click.Choice(get_args(api.BufferChoice)), default="auto", show_default=True)
+@click.option(
+    "--disk", "disks", multiple=True, metavar="TARGET=PATH", help="Where the standby keeps this disk."
+)
+@click.option(
+    "--overwrite", multiple=True, metavar="PATH", help="This file on the standby may be overwritten."
+)
+@click.option("--no-wait", is_flag=True, help="Return when the set-up was accepted.")
+@click.option(
+    "--timeout", callback=_quantity(_timeout_s), metavar="TIME",
+    help="End waiting after this long (exit 6); the set-up goes on.",
+)  # fmt: skip
+@click.pass_obj
+def protect(
+    session: _Session,
+    domain: str,
+    to: str,
+    delay: int,
+    engine: api.EngineChoice,
+    netbuffer: api.BufferChoice,
+    disks: tuple[str, ...],
+    overwrite: tuple[str, ...],
+    no_wait: bool,
+    timeout: float | None,
+) -> None:
+    """Protect a running domain with a standby on PEER."""
+    paths = _disk_paths(disks)
+    request = api.ProtectRequest(domain, to, delay, engine, netbuffer, paths, list(overwrite), _new_key())
+    agent = session.agent()
+    job = agent.protect(request)
+    if no_wait and job.state == "running":
+        click.echo(f"{domain}: accepted, job {job.id}. To wait: mcft wait {domain} --for protected")
+        return
+    with _detachable(f"protecting {domain} goes on; `mcft unprotect {domain}` cancels it"):
+        _finish(agent, job, timeout, f"{domain} is protected")
+        status = agent.status(domain)
+    hint = render.standby_arbiter_hint(status.host, status.protections[0])
+    if hint:
+        click.echo(f"Note: {hint}")
+
+
+@cli.command()
+@click.argument("domain")
+@click.pass_obj
+def unprotect(session: _Session, domain: str) -> None:
+    """End a protection; the domain goes on as it was before."""
+    agent = session.agent()
+    _act(agent, domain, "unprotect", api.ActRequest(key=_new_key()), f"{domain} is not protected")
+
+
+def _override_options(command: Callable[..., None]) -> Callable[..., None]:
+    force = click.option("--force", is_flag=True, help="Your word in place of the arbiter's.")
+    peer_is_off = click.option(
+        "--peer-is-off", is_flag=True, help="You state that the other host is powered off."
+    )
+    yes = click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
+    return force(peer_is_off(yes(command)))
+
+
+@cli.command()
+@click.argument("domain")
+@_override_options
+@click.pass_obj
+def failover(session: _Session, domain: str, force: bool, peer_is_off: bool, yes: bool) -> None:
+    """Move a protected domain to its standby: a planned switch, or a take-over with the primary gone."""
+    agent = session.agent()
+    _confirm_override(agent, "failover", domain, force, peer_is_off, yes)
+    _act(
+        agent, domain, "failover", api.ActRequest(force, peer_is_off, _new_key()), f"{domain} was taken over"
+    )
+
+
+@cli.command()
+@click.argument("domain")
+@_override_options
+@click.pass_obj
+def solo(session: _Session, domain: str, force: bool, peer_is_off: bool, yes: bool) -> None:
+    """Let a domain's primary go on without its standby."""
+    agent = session.agent()
+    _confirm_override(agent, "solo", domain, force, peer_is_off, yes)
+    _act(
+        agent,
+        domain,
+        "solo",
+        api.ActRequest(force, peer_is_off, _new_key()),
+        f"{domain} goes on without a standby",
+    )
+
+
+@cli.command(name="set")
+@click.argument("domain")
+@click.option(
+    "--delay", callback=_quantity(units.parse_delay_ms), metavar="TIME", required=True, help=_DELAY_HELP
+)
+@click.pass_obj
+def set_(session: _Session, domain: str, delay: int) -> None:
+    """Change a protection while it runs."""
+    click.echo(render.delay_set(session.agent().set(domain, api.SetRequest(delay_ms=delay))))
+
+
+# ---- looking ----
+
+
+@cli.command()
+@click.argument("domain", required=False)
+@click.option("--json", "as_json", is_flag=True, help="The agent's own object (docs/api.md).")
+@click.option("--watch", is_flag=True, help="Show it anew every second, until Ctrl-C.")
+@click.option(
+    "--check", is_flag=True, help="Exit 1, with a line each, if one would not survive a host's loss."
+)
+@click.pass_obj
+def status(session: _Session, domain: str | None, as_json: bool, watch: bool, check: bool) -> None:
+    """Show all protections, or one."""
+    if watch and (as_json or check):
+        raise click.UsageError("--watch goes with neither --json nor --check")
+    if watch and not sys.stdout.isatty():
+        raise click.UsageError("--watch needs a terminal; `mcft events --follow` does not")
+    agent = session.agent()
+    if watch:
+        render.live(_every_second(lambda: render.status_text(agent.status(domain))))
+        return
+    answer, raw = agent.status_with_json(domain)
+    exposed = render.check_lines(answer)
+    if as_json:
+        click.echo(msgspec.json.format(raw, indent=2))
+    elif check:
+        click.echo(
+            "\n".join(exposed) or f"{len(answer.protections)} protected, each survives the loss of a host"
+        )
+    else:
+        click.echo(render.status_text(answer))
+    if check and exposed:
+        sys.exit(errors.FAILED)
+
+
+@cli.command()
+@click.argument("domain")
+@click.option(
+    "--for", "states", type=STATES, default="protected", show_default=True, help="Any of these states."
+)
+@click.option("--timeout", type=TIMEOUT, help="Give up after this long (exit 6). Without it: never.")
+@click.pass_obj
+def wait(session: _Session, domain: str, states: frozenset[str], timeout: float | None) -> None:
+    """Wait until a protection is in one of the states."""
+    reached = session.agent().wait_state(domain, states, timeout)
+    click.echo(f"{reached.domain}: {reached.state}")
+
+
+@cli.command()
+@click.argument("domain", required=False)
+@click.option("--follow", is_flag=True, help="Go on with new events as they come, until Ctrl-C.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
+@click.pass_obj
+def events(session: _Session, domain: str | None, follow: bool, as_json: bool) -> None:
+    """Show the journal of all protections, or of one."""
+    agent = session.agent()
+    for event in agent.follow_events(domain) if follow else agent.events(domain).events:
+        click.echo(msgspec.json.encode(event).decode() if as_json else render.event_line(event))
+
+
+@cli.group(invoke_without_command=True)
+@click.pass_context
+def peer(ctx: click.Context) -> None:
+    """The other hosts."""
+    _need_command(ctx)
+
+
+@peer.command(name="list")
+@click.pass_obj
+def peer_list(session: _Session) -> None:
+    """Show the configured peers and whether their agents answer."""
+    click.echo(render.peers_text(session.agent().peers()))
+
+
+# ---- without an agent ----
+
+
+@cli.command()
+@click.argument("domain")
+@click.option("--local", is_flag=True, help="Required: only this host is touched, the other is not asked.")
+@click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
+@click.pass_obj
+def forget(session: _Session, domain: str, local: bool, yes: bool) -> None:
+    """mcft is broken and you want your domain: remove on this host all that mcft did to it."""
+    if not local or session.host is not None:
+        raise click.UsageError("forget works on this host only: say `mcft forget DOMAIN --local`")
+    question = (
+        f"This host forgets the protection of {domain} and opens its network without asking the other host."
+    )
+    _confirm(question + f"\n{render.stake('forget', domain, False, False, None)}", yes)
+    for line in importlib.import_module("mcft.agent.forget").forget_local(domain):
+        click.echo(line)
+
+
+@cli.command()
+@click.pass_obj
+def agent(session: _Session) -> None:
+    """Run this host's agent in the foreground (systemd's mcft-agent.service does)."""
+    from mcft.config import DEFAULT_PATH
+
+    sys.exit(importlib.import_module("mcft.agent.main").main(session.config or DEFAULT_PATH))
+
+
+# ---- what several commands share ----
+
+
+def _need_command(ctx: click.Context) -> None:
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help(), err=True)
+        ctx.exit(errors.USAGE)
+
+
+def _act(agent: client.Client, domain: str, verb: client.Verb, request: api.ActRequest, done: str) -> None:
+    job = agent.act(domain, verb, request)
+    with _detachable(f"{verb} of {domain} goes on; `mcft status {domain}` shows it"):
+        _finish(agent, job, None, done)
+
+
+def _finish(agent: client.Client, job: api.JobBody, timeout_s: float | None, done: str) -> None:
+    """Show a job to its end and say its result; a job that failed raises what it failed of."""
+    with render.progress(f"{job.kind} {job.domain}", sys.stdout) as show:
+        for step in agent.follow_job(job, timeout_s):
+            job = step
+            show(job)
+    if job.state == "done":
+        click.echo(job.result or done)
+    elif job.error is not None:
+        api.raise_error(job.error)
+    else:
+        raise errors.Failed(f"job-{job.state}", f"{job.kind} of {job.domain} was {job.state}", job.result)
+
+
+@contextmanager
+def _detachable(notice: str) -> Iterator[None]:
+    """Ctrl-C ends the waiting, not the act."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo(f"\nmcft: detached; {notice}.", err=True)
+        sys.exit(errors.DETACHED)
+
+
+def _confirm_override(
+    agent: client.Client, verb: str, domain: str, force: bool, peer_is_off: bool, yes: bool
+) -> None:
+    if not (force or peer_is_off) or yes:
+        return
+    known = None
+    if sys.stdin.isatty():
+        answer = agent.status(domain)
+        known = (answer.host, answer.protections[0])
+    _confirm(render.stake(verb, domain, force, peer_is_off, known), yes)
+
+
+def _confirm(stake: str, yes: bool) -> None:
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise click.UsageError("this needs a confirmation and there is no terminal: add --yes")
+    click.echo(stake, err=True)
+    if not click.confirm("Go on?", err=True):
+        click.echo("mcft: nothing was changed.", err=True)
+        sys.exit(errors.FAILED)
+
+
+def _disk_paths(disks: tuple[str, ...]) -> dict[str, str]:
+    paths: dict[str, str] = {}
+    for text in disks:
+        target, equals, path = text.partition("=")
+        if not (target and equals and path.startswith("/")):
+            raise click.UsageError(f'"{text}" is no disk: say --disk vda=/var/lib/libvirt/images/vm1.qcow2')
+        if target in paths:
+            raise click.UsageError(f"the disk {target} is given twice")
+        paths[target] = path
+    return paths
+
+
+def _every_second(text: Callable[[], str]) -> Iterator[str]:
+    while True:
+        yield text()
+        time.sleep(WATCH_S)
+
+
+def _new_key() -> str:
+    """An idempotency key: an agent that gets one request twice acts once."""
+    return os.urandom(16).hex()
+
+
+def main() -> int:
+    """Run the command line; the exit code is the process's."""
+    try:
+        result = cli.main(prog_name="mcft", standalone_mode=False)
+    except errors.McftError as error:
+        click.echo(f"mcft: {error}", err=True)
+        return error.exit_code
+    except click.UsageError as error:
+        where = error.ctx.command_path if error.ctx is not None else "mcft"
+        click.echo(f"mcft: {error.format_message().rstrip('.')}. See `{where} --help`.", err=True)
+        return errors.USAGE
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except click.Abort:
+        return errors.DETACHED
+    return result if isinstance(result, int) else errors.OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,391 @@
+"""The primary's side of a gate: barriers, releases, the last checkpoint of a planned switch; breaking a stream."""
+
+from __future__ import annotations
+
+import os
+import selectors
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from mcft.commit import (
+    Acknowledged,
+    Action,
+    AskCount,
+    CommitGate,
+    Release,
+    SendMarker,
+    SetBarrier,
+)
+from mcft.failover import Act, Verdict
+from mcft.filterbuffer import FilterBuffer, NoBuffer, attach_commands, detach_commands, make_channel, names
+from mcft.gate.control import Answer, Denied
+from mcft.gate.core import Gate
+from mcft.gate.loop import Commands, Task, boottime_ms
+from mcft.keepalive import Heard
+from mcft.monitor import Message
+
+MAX_DELAY_MS = 0xFFFFFFFF
+SWITCH_DEADLINE_MS = 8000.0
+DISK_ERRORS = ("QUORUM_FAILURE", "QUORUM_REPORT_BAD", "BLOCK_IO_ERROR")
+
+
+class Samples:
+    """The newest few hundred measurements of one quantity, in ms."""
+
+    def __init__(self, size: int = 600) -> None:
+        self._values: deque[float] = deque(maxlen=size)
+
+    def add(self, value: float) -> None:
+        self._values.append(value)
+
+    def quantiles(self) -> dict[str, float | None]:
+        """{"p50", "p99"}, None before the first."""
+        if not self._values:
+            return {"p50": None, "p99": None}
+        ordered = sorted(self._values)
+        return {"p50": round(ordered[len(ordered) // 2], 2), "p99": round(ordered[int(len(ordered) * 0.99)], 2)}
+
+
+class Primary:
+    """Obeys `CommitGate`'s actions on the buffer and the monitor."""
+
+    def __init__(self, gate: Gate) -> None:
+        self.gate = gate
+        self.buffer: FilterBuffer | NoBuffer = NoBuffer() if gate.state.buffer == "none" else FilterBuffer()
+        self.hold_ms, self.pause_ms, self.release_lag_ms = Samples(), Samples(), Samples()
+        self.commit = self._new_commit()
+        self._ack_ms = boottime_ms()
+        self._ack_times: deque[float] = deque(maxlen=64)
+        self._stop_stamp_ms = 0.0
+        self._resume_stamp_ms = 0.0
+        self._count_epoch, self._count_after = 0, 0
+        self._attaching = False
+
+    def _new_commit(self) -> CommitGate:
+        return CommitGate(self.gate.state.loss_ms, margin_ms=self.gate.state.loss_ms / 15, on_hold_ms=self.hold_ms.add)
+
+    # ---- start and restart ----
+
+    def started(self) -> None:
+        """A restarted gate holds (or stays closed) from its first moment; what the dead one held is dropped."""
+        if self.gate.state.mode == "hold":
+            self.buffer.mode = "hold"
+            self.commit.hold()
+        elif self.gate.state.mode == "closed":
+            self.buffer.mode = "closed"
+            self.commit.stream_died("closed before this gate started")
+
+    def monitor_connected(self) -> None:
+        self.commit.monitor_reconnected()
+        if self.gate.state.attached and self.gate.state.buffer == "filter" and not self._channels_whole():
+            self.gate.loop.spawn(self._attach(lambda _answer: None))
+
+    def _channels_whole(self) -> bool:
+        return isinstance(self.buffer, FilterBuffer) and bool(self.buffer.channels) and not self.buffer.broken
+
+    # ---- events in the monitor's order ----
+
+    def on_event(self, event: Message, now_ms: float) -> None:
+        name, data = event["event"], event.get("data") or {}
+        stamp = event["timestamp"]
+        at_ms = stamp["seconds"] * 1000 + stamp["microseconds"] / 1000
+        if name == "STOP":
+            self._stop_stamp_ms = at_ms
+            self._apply(self.commit.stop_seen(now_ms), now_ms)
+        elif name == "RESUME":
+            self._resume_stamp_ms = at_ms
+            self._apply(self.commit.resume_seen(now_ms), now_ms)
+        elif name == "COLO_EXIT":
+            self.commit.stream_died(f"COLO_EXIT ({data.get('reason')})")
+        elif name == "MIGRATION" and data.get("status") in ("failed", "cancelled", "completed"):
+            self.commit.stream_died(f"migration {data['status']}")
+        elif name in DISK_ERRORS and self.commit.stats.captures and not self.commit.dead:
+            self.gate.disk_error = self.gate.disk_error or f"{name} {data.get('node-name', '')} {data.get('error', '')}".strip()
+            self.commit.stream_died("disk error")
+
+    def _apply(self, actions: list[Action], now_ms: float) -> None:
+        for action in actions:
+            if isinstance(action, SetBarrier):
+                self.buffer.barrier()
+            elif isinstance(action, SendMarker):
+                self._send_marker(action)
+            elif isinstance(action, Release):
+                if self.buffer.mode == "hold":
+                    self.buffer.release()
+                    self.release_lag_ms.add(time.time() * 1000 - self._resume_stamp_ms)
+                    self._watch_channels()
+            elif isinstance(action, AskCount):
+                self._count_epoch, self._count_after = action.epoch, self.gate.session.counter + 1
+                self.gate.say()
+            elif isinstance(action, Acknowledged):
+                self._acknowledged(action, now_ms)
+
+    def _acknowledged(self, action: Acknowledged, now_ms: float) -> None:
+        self._ack_ms = now_ms
+        self._ack_times.append(now_ms)
+        if self._resume_stamp_ms > self._stop_stamp_ms > 0:
+            self.pause_ms.add(self._resume_stamp_ms - self._stop_stamp_ms)
+        if action.count == 1:
+            self.gate.control.note("acknowledged", count=1)
+
+    def _send_marker(self, marker: SendMarker) -> None:
+        def answered(reply: Message) -> None:
+            status = str(reply.get("return", {}).get("status", "error"))
+            now_ms = boottime_ms()
+            self._apply(self.commit.marker_answered(marker.capture, status, now_ms), now_ms)
+
+        def send() -> None:
+            self.gate.send_commands(Commands([("query-status", {})]), lambda replies: answered(replies[0]))
+
+        if marker.after_ms:
+            self.gate.loop.after(marker.after_ms, send)
+        else:
+            send()
+
+    # ---- the other side's word ----
+
+    def on_heard(self, heard: Heard, now_ms: float) -> None:
+        word = heard.word
+        if word.role != "standby" or word.g != self.gate.state.g:
+            return
+        if word.record != "armed" or word.claiming:
+            self.commit.lease_withdrawn()
+        elif heard.echo:
+            sent_ms = self.gate.session.sent_ms(heard.echo)
+            if sent_ms is not None:
+                self._apply(self.commit.lease_renewed(sent_ms, now_ms), now_ms)
+        if self._count_epoch and heard.echo >= self._count_after:
+            self._apply(self.commit.count_read(word.loads, self._count_epoch, now_ms), now_ms)
+
+    def before_send(self, now_ms: float) -> None: ...
+
+    def obey(self, verdict: Verdict, now_ms: float) -> None:
+        """Close first, whatever it is; then break the stream where QEMU still waits in it."""
+        self._close(f"{verdict.act.value}: {verdict.reason}")
+        if verdict.act is Act.BREAK:
+            self._yank()
+
+    def _yank(self) -> None:
+        """Out of band: QEMU's main loop may hang in the very stream (QEMU command `yank`)."""
+        for instance in [{"type": "migration"}, *self.gate.state.yank]:
+            self.gate.send_commands(Commands([("yank", {"instances": [instance]})], oob=True), lambda replies: None)
+
+    def _close(self, reason: str) -> None:
+        self.buffer.close()
+        self.commit.stream_died(reason)
+        self.gate.state.mode = "closed"
+        self.gate.persist()
+
+    # ---- buffer ----
+
+    def _attach(self, answer: Answer) -> Task:
+        """Put a new pair of filters before each NIC, then take away a dead predecessor's."""
+        state = self.gate.state
+        if self._attaching or not isinstance(self.buffer, FilterBuffer):
+            answer({})
+            return
+        self._attaching = True
+        state.serial += 1
+        self.gate.persist()
+        (reply,) = yield Commands([("qom-list", {"path": "/objects"})])
+        old = [row["name"] for row in reply.get("return", []) if row["name"].startswith("mcft-net")]
+        channels, error = [], ""
+        for index, nic in enumerate(state.nics):
+            channel, theirs_out, theirs_in = make_channel(nic, state.limit_bytes)
+            ids = names(index, state.serial)
+            older = [name for name in old if name.startswith(f"mcft-net{index}-") and name.endswith("-out")]
+            replies = yield Commands([("getfd", {"fdname": ids["fd_out"]})], fds=(theirs_out.fileno(),))
+            replies += yield Commands([("getfd", {"fdname": ids["fd_in"]})], fds=(theirs_in.fileno(),))
+            replies += yield Commands(attach_commands(nic, index, state.serial, older[-1] if older else None))
+            theirs_out.close()
+            theirs_in.close()
+            error = error or next((r["error"]["desc"] for r in replies if "error" in r), "")
+            channels.append(channel)
+        if not error and old:
+            (reply,) = yield Commands([("query-chardev", {})])
+            old_chardevs = [c["label"] for c in reply.get("return", [])
+                            if c["label"].startswith("mcft-net") and f"-{state.serial}-" not in c["label"]]  # fmt: skip
+            yield Commands(list(detach_commands(old, old_chardevs)))
+        for channel in self.buffer.channels:
+            self.gate.loop.forget(channel.ours_out)
+            channel.close()
+        self.buffer.channels = channels
+        for channel in channels:
+            self.gate.loop.watch(channel.ours_out, selectors.EVENT_READ, lambda _e, channel=channel: self._readable(channel))
+        self._attaching = False
+        if error:
+            self.gate.control.note("alarm", reason=f"the network buffer can't be attached: {error}")
+            answer(Denied(f"the network buffer can't be attached: {error}"))
+            return
+        state.attached = True
+        self.gate.persist()
+        answer({"attached": [nic.target for nic in state.nics]})
+
+    def _readable(self, channel: Any) -> None:
+        assert isinstance(self.buffer, FilterBuffer)
+        self.buffer.readable(channel)
+        if channel.broken:
+            self.gate.loop.forget(channel.ours_out)
+            if self.gate.own_qemu == "running" and self.gate.state.attached:
+                self.gate.control.note("alarm", reason=f"the buffer of {channel.nic.target} broke: {channel.broken}")
+        self._watch_channels()
+
+    def _watch_channels(self) -> None:
+        if not isinstance(self.buffer, FilterBuffer):
+            return
+        for channel in self.buffer.channels:
+            if channel.sending:
+                self.gate.loop.watch(channel.ours_in, selectors.EVENT_WRITE, lambda _e, channel=channel: self._writable(channel))
+            else:
+                self.gate.loop.forget(channel.ours_in)
+
+    def _writable(self, channel: Any) -> None:
+        channel.flush()
+        if not channel.sending:
+            self.gate.loop.forget(channel.ours_in)
+
+    def _detach(self, answer: Answer) -> Task:
+        """Only in pass-through: `outdev` filters first, then what was under way, then the rest."""
+        if isinstance(self.buffer, FilterBuffer):
+            objects, chardevs = yield Commands([("qom-list", {"path": "/objects"}), ("query-chardev", {})])
+            ids = [row["name"] for row in objects.get("return", [])]
+            outs = [i for i in ids if i.endswith("-out")]
+            ins = [i for i in ids if i.endswith("-in")]
+            yield Commands(list(detach_commands(outs, [])))
+            self.buffer.open()
+            yield self.gate.wait(lambda: isinstance(self.buffer, FilterBuffer) and self.buffer.settled, 1000.0)
+            labels = [c["label"] for c in chardevs.get("return", [])]
+            replies = yield Commands(list(detach_commands(ins, labels)))
+            for channel in self.buffer.channels:
+                self.gate.loop.forget(channel.ours_out)
+                self.gate.loop.forget(channel.ours_in)
+                channel.close()
+            self.buffer.channels = []
+            errors = [r["error"]["desc"] for r in replies if "error" in r]
+            if errors and self.gate.own_qemu == "running":
+                answer(Denied("; ".join(errors)))
+                return
+        self.gate.state.attached = False
+        self.gate.persist()
+        answer({})
+
+    # ---- a planned switch ----
+
+    def _checkpoint_and_stop(self, answer: Answer) -> Task:
+        """The last checkpoint, acknowledged and released; then closed, and the guest read back as standing.
+
+        Setting `x-checkpoint-delay`, even to the same value, starts a checkpoint at once; its maximum defers the next.
+        """
+        state, deadline_ms = self.gate.state, boottime_ms() + SWITCH_DEADLINE_MS
+        while boottime_ms() < deadline_ms and not self.commit.dead:
+            before = self.commit.stats.acknowledged
+            yield Commands([("migrate-set-parameters", {"x-checkpoint-delay": MAX_DELAY_MS})])
+            yield self.gate.wait(lambda before=before: self.commit.stats.acknowledged > before or bool(self.commit.dead), 4000.0)
+            yield self.gate.wait(lambda: not self.commit.outstanding or bool(self.commit.dead), 1000.0)
+            if self.commit.dead or self.commit.outstanding or self.commit.stats.acknowledged == before:
+                break
+            self.buffer.close()
+            _, reply = yield Commands([("stop", {}), ("query-status", {})])
+            status = reply.get("return", {})
+            if status.get("status") == "paused" and not self.commit.dead:
+                state.mode = "closed"
+                self.gate.persist()
+                self.commit.stream_died("planned switch")
+                answer({"stopped": True, "acknowledged": self.commit.stats.acknowledged})
+                return
+            self.buffer.mode = "hold"
+        yield Commands([("migrate-set-parameters", {"x-checkpoint-delay": int(state.delay_ms)})])
+        if self.buffer.mode == "closed" and not self.commit.dead:
+            self.buffer.mode = "hold"
+        answer(Denied(f"no last checkpoint within {SWITCH_DEADLINE_MS / 1000:.0f} s {self.commit.dead}".strip()))
+
+    # ---- the agent's requests ----
+
+    def handlers(self) -> dict[str, Callable[[dict[str, Any], Answer], None]]:
+        return {
+            "attach": lambda request, answer: self.gate.loop.spawn(self._attach(answer)),
+            "detach": self._on_detach,
+            "hold": self._on_hold,
+            "close": self._on_close,
+            "open": self._on_open,
+            "yank": self._on_yank,
+            "switch": lambda request, answer: self.gate.loop.spawn(self._checkpoint_and_stop(answer)),
+            "kill": self._on_kill,
+        }
+
+    def _on_hold(self, request: dict[str, Any], answer: Answer) -> None:
+        self.buffer.hold()
+        self.commit = self._new_commit()
+        self.commit.hold()
+        self._ack_ms = boottime_ms()
+        self.gate.state.mode = "hold"
+        self.gate.persist()
+        answer({})
+
+    def _on_close(self, request: dict[str, Any], answer: Answer) -> None:
+        self._close(str(request.get("reason", "closed by the agent")))
+        self.gate.say()
+        answer({})
+
+    def _on_open(self, request: dict[str, Any], answer: Answer) -> None:
+        """The agent has made durable what allows it (nothing armed, or solo and spoken): it names that record."""
+        if self.gate.state.record in ("arming", "protected") and request.get("because") not in ("solo", "given-up"):
+            raise Denied(f"{self.gate.state.record}({self.gate.state.g}) stands: opening needs given-up or a win")
+        if request.get("drop") and isinstance(self.buffer, FilterBuffer):
+            self.buffer.drop()
+        self.buffer.open()
+        self._watch_channels()
+        self.gate.state.mode = "pass"
+        self.gate.persist()
+        answer({})
+
+    def _on_detach(self, request: dict[str, Any], answer: Answer) -> None:
+        if self.buffer.mode != "pass":
+            raise Denied("the buffer still holds: open it first")
+        self.gate.loop.spawn(self._detach(answer))
+
+    def _on_yank(self, request: dict[str, Any], answer: Answer) -> None:
+        self._close("yanked by the agent")
+        self._yank()
+        answer({})
+
+    def _on_kill(self, request: dict[str, Any], answer: Answer) -> None:
+        """End QEMU by pid and start time: this side has lost, died or hangs; its buffer is closed first."""
+        self._close("QEMU ended by the agent")
+        from mcft.gate.state import process_start
+
+        if process_start(self.gate.state.qemu_pid) == self.gate.state.qemu_start:
+            os.kill(self.gate.state.qemu_pid, 9)
+        answer({})
+
+    # ---- for the watcher, the keepalives and status ----
+
+    def stream_age_ms(self, now_ms: float) -> float:
+        return now_ms - self._ack_ms
+
+    def stream_dead(self) -> str:
+        return self.commit.dead
+
+    def counts(self) -> tuple[int, int]:
+        return 0, self.commit.stats.acknowledged
+
+    def closed(self) -> bool:
+        return self.buffer.mode == "closed"
+
+    def status(self, now_ms: float) -> dict[str, Any]:
+        stats, times = self.commit.stats, self._ack_times
+        recent = [t for t in times if now_ms - t < 5000]
+        span = now_ms - recent[0] if len(recent) > 1 else 0.0
+        return {
+            "mode": self.buffer.mode, "buffer": self.gate.state.buffer, "attached": self.gate.state.attached,
+            "acknowledged": stats.acknowledged, "rate_hz": round((len(recent) - 1) * 1000 / span, 2) if span > 100 else 0.0,
+            "last_ack_age_ms": round(now_ms - times[-1], 1) if times else None, "pause_ms": self.pause_ms.quantiles(),
+            "released_epochs": stats.released_epochs, "merged_epochs": stats.merged_epochs, "late_markers": stats.late_markers,
+            "foreign_resumes": stats.foreign_resumes, "waits_for_lease": stats.waits_for_lease, "rule": self.commit.rule,
+            "hold_ms": self.hold_ms.quantiles(), "release_lag_ms": self.release_lag_ms.quantiles(),
+            "lease": self.commit.lease_holds(now_ms),
+            "nics": [{"target": b.target, "held_packets": b.packets, "held_bytes": b.bytes, "dropped": b.dropped}
+                     for b in self.buffer.backlog()],
+        }  # fmt: skip

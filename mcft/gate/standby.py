@@ -1,0 +1,196 @@
+"""The standby's side of a gate: frozen between checkpoints, silent, and the few commands of a take-over."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from mcft.failover import Act, Verdict
+from mcft.gate.control import Answer, Denied
+from mcft.gate.core import Gate, remove_drop_filter, set_link_up
+from mcft.gate.loop import Commands, Task, boottime_ms
+from mcft.gate.primary import Samples
+from mcft.keepalive import Heard
+from mcft.monitor import Message
+
+ANNOUNCE = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
+TAKE_DEADLINE_MS = 10000.0
+
+
+class Standby:
+    """Stops the guest again at every load (QEMU lets it run ahead otherwise), counts loads, takes over when told."""
+
+    def __init__(self, gate: Gate) -> None:
+        self.gate = gate
+        self.loads = 0
+        self.take_ms = Samples()
+        self._load_ms = boottime_ms()
+        self._dead = ""
+        self._following = True
+        self._armed_echo_ms = float("-inf")  # when the newest keepalive that we answered with `armed` had arrived
+        self._no_echo_until_ms = float("-inf")
+        self._took = False
+        self._timing: dict[str, float] = {}
+
+    def started(self) -> None:
+        """A restarted gate does not know what its dead predecessor echoed last: T after now, it has expired."""
+        if self.gate.state.serial and self.gate.state.record == "armed":
+            self._no_echo_until_ms = boottime_ms() + self.gate.state.loss_ms
+        self.gate.state.serial += 1
+        self.gate.persist()
+
+    def monitor_connected(self) -> None:
+        """Events may have been missed: a guest that runs ahead unseen is stopped (it is following, not active)."""
+        if self._following and self.gate.state.serial > 1 and self.gate.state.mode != "pass":
+            self.gate.send_commands(Commands([("query-status", {})]), self._stop_if_running)
+
+    def _stop_if_running(self, replies: list[Message]) -> None:
+        if self._following and replies[0].get("return", {}).get("status") == "running":
+            self.gate.send_commands(Commands([("stop", {})]), lambda _replies: None)
+
+    def on_event(self, event: Message, now_ms: float) -> None:
+        name, data = event["event"], event.get("data") or {}
+        if name == "RESUME" and self._following:
+            self.loads += 1
+            self._load_ms = now_ms
+            self.gate.send_commands(Commands([("stop", {})]), lambda _replies: None)
+            if self.loads == 1:
+                self.gate.control.note("loaded", count=1)
+        elif name == "RESUME" and self._took and "resume" not in self._timing:
+            self._timing["resume"] = now_ms
+        elif name == "COLO_EXIT" and self._following:
+            self._dead = f"COLO_EXIT ({data.get('reason')})"
+        elif name == "MIGRATION" and data.get("status") in ("failed", "cancelled"):
+            self._dead = self._dead or f"migration {data['status']}"
+        elif name in ("BLOCK_IO_ERROR", "QUORUM_FAILURE", "QUORUM_REPORT_BAD") and self._following:
+            self.gate.disk_error = self.gate.disk_error or f"{name} {data.get('node-name', '')}".strip()
+
+    def on_heard(self, heard: Heard, now_ms: float) -> None: ...
+
+    def before_send(self, now_ms: float) -> None:
+        """What we are about to echo with `armed` is what the primary's lease may rest on: remember when it came in."""
+        state = self.gate.state
+        if state.record == "armed" and not state.claiming and self.gate.session.peer_counter:
+            self._armed_echo_ms = max(self._armed_echo_ms, self.gate.session.peer_heard_ms)
+
+    def obey(self, verdict: Verdict, now_ms: float) -> None:
+        """A claim: from now on we no longer say armed, whatever comes, until the agent withdraws it."""
+        if verdict.act is Act.CLAIM:
+            self._timing = {"verdict": now_ms}
+            self._claim()
+
+    def _claim(self) -> None:
+        self.gate.state.claiming = True
+        self.gate.persist()
+
+    def earliest_ms(self) -> float:
+        """From when on no release of the primary can rest on anything that we echoed.
+
+        A lease runs from the *sending* of the keepalive that we echoed, so T after its arrival here it is over.
+        """
+        return max(self._armed_echo_ms, self._no_echo_until_ms - self.gate.state.loss_ms) + self.gate.state.loss_ms
+
+    # ---- the agent's requests ----
+
+    def handlers(self) -> dict[str, Callable[[dict[str, Any], Answer], None]]:
+        return {
+            "claim": self._on_claim,
+            "unclaim": self._on_unclaim,
+            "take": lambda request, answer: self.gate.loop.spawn(self._take(request, answer)),
+            "speak": lambda request, answer: self.gate.loop.spawn(self._speak(answer)),
+            "break": self._on_break,
+        }
+
+    def _on_claim(self, request: dict[str, Any], answer: Answer) -> None:
+        """The operator's claim, or the agent's before a planned take: stop saying armed."""
+        self._claim()
+        self.gate.say()
+        answer({})
+
+    def _on_unclaim(self, request: dict[str, Any], answer: Answer) -> None:
+        """No claim was sent, or it was refused: watch again."""
+        self.gate.state.claiming = False
+        self.gate.verdict = None
+        self.gate.persist()
+        answer({})
+
+    def _on_break(self, request: dict[str, Any], answer: Answer) -> None:
+        """The primary asks us to give up: our stream is made dead here first."""
+        self._dead = self._dead or "broken to give up"
+        self.gate.send_commands(
+            Commands([("yank", {"instances": [{"type": "migration"}]})], oob=True), lambda _replies: None
+        )
+        answer({"own_qemu": self.gate.own_qemu})
+
+    def _take(self, request: dict[str, Any], answer: Answer) -> Task:
+        """taken(g) is on disk. Wait out what was echoed, end replication, resume from the last checkpoint, read back.
+
+        QEMU: `nbd-server-stop` lets go of the disks, `x-colo-lost-heartbeat` ends COLO and starts the commit of the
+        overlay, `stop` flushes every disk (vm_stop), `cont` resumes.
+        """
+        if self.gate.state.record not in ("taken",):
+            answer(Denied("taken(g) must be durable first"))
+            return
+        self._timing["won"] = boottime_ms()
+        if not (request.get("peer_closed") or (self.gate.peer.closed and self.gate.peer.qemu in ("gone", "shutdown"))):
+            yield self.gate.wait(lambda: boottime_ms() >= self.earliest_ms(), 2 * self.gate.state.loss_ms + 1000)
+        self._timing["free"] = boottime_ms()
+        self._following, self._took = False, True
+        yield Commands([("yank", {"instances": [{"type": "migration"}]})], oob=True)
+        replies = yield Commands(
+            [("nbd-server-stop", {}), ("x-colo-lost-heartbeat", {}), ("stop", {}), ("cont", {}), ("query-status", {})]
+        )
+        deadline_ms = boottime_ms() + TAKE_DEADLINE_MS
+        while not (status := replies[-1].get("return", {})).get("running") and boottime_ms() < deadline_ms:
+            if self.gate.own_qemu != "running":
+                break
+            yield self.gate.wait(lambda: False, 2.0)
+            replies = [*replies, *(yield Commands([("cont", {}), ("query-status", {})]))]
+        self._timing["running"] = boottime_ms()
+        if not status.get("running"):
+            errors = "; ".join(r["error"]["desc"] for r in replies if "error" in r)
+            answer(Denied(f"the copy does not run: {status.get('status', 'QEMU is gone')} {errors}".strip()))
+            return
+        self.gate.state.mode = "pass"
+        self.gate.persist()
+        answer({"running": True, "timing_ms": self.timing()})
+
+    def timing(self) -> dict[str, float]:
+        """Of the last take-over: ms from the verdict (or the win, if the agent asked) to each step."""
+        start = self._timing.get("verdict", self._timing.get("won", 0.0))
+        return {name: round(at - start, 2) for name, at in self._timing.items()}
+
+    def _speak(self, answer: Answer) -> Task:
+        """spoken(g+1) is on disk: open the NICs and tell the switches where the guest is now."""
+        errors = []
+        for ifname in self.gate.state.silenced:
+            try:
+                remove_drop_filter(ifname)
+                set_link_up(ifname)
+            except OSError as error:
+                errors.append(f"{ifname}: {error}")
+        self._timing["open"] = boottime_ms()
+        replies = yield Commands([("announce-self", ANNOUNCE)])
+        errors += [r["error"]["desc"] for r in replies if "error" in r]
+        answer({"errors": errors, "timing_ms": self.timing(), "time": time.time()})
+
+    # ---- for the watcher, the keepalives and status ----
+
+    def stream_age_ms(self, now_ms: float) -> float:
+        return now_ms - self._load_ms
+
+    def stream_dead(self) -> str:
+        return self._dead
+
+    def counts(self) -> tuple[int, int]:
+        return self.loads, 0
+
+    def closed(self) -> bool:
+        return True
+
+    def status(self, now_ms: float) -> dict[str, Any]:
+        return {
+            "mode": "silent" if self._following else "active", "loads": self.loads,
+            "last_load_age_ms": round(now_ms - self._load_ms, 1), "timing_ms": self.timing(), "took": self._took,
+        }  # fmt: skip
