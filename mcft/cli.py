@@ -13,12 +13,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import click
 import msgspec
 
 from mcft import __version__, api, client, errors, render, units
+
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 WATCH_S = 1.0
 
@@ -36,7 +38,7 @@ def _quantity(parse: Callable[[str], Any]) -> Callable[[click.Context, click.Par
 
 
 def _timeout_s(text: str) -> float:
-    return units.parse_duration_ms(text, zero_ok=True, what="timeout") / 1000
+    return units.parse_duration_ms(text, zero_ok=True, what="timeout", usual_unit="s") / 1000
 
 
 def _states(text: str) -> frozenset[str]:
@@ -47,7 +49,15 @@ def _states(text: str) -> frozenset[str]:
     return states
 
 
-_DELAY_HELP = "Time between checkpoints, 10ms to 10s."
+def _delay_option(**more: Any) -> Callable[[_F], _F]:
+    read = _quantity(units.parse_delay_ms)
+    return click.option(
+        "--delay", callback=read, metavar="TIME", help="Between checkpoints, 10ms to 10s.", **more
+    )
+
+
+def _timeout_option(text: str) -> Callable[[_F], _F]:
+    return click.option("--timeout", callback=_quantity(_timeout_s), metavar="TIME", help=text)
 
 
 class _Session:
@@ -91,22 +101,15 @@ def cli(ctx: click.Context, host: str | None, config: Path | None) -> None:
 @cli.command()
 @click.argument("domain")
 @click.option("--to", "to", required=True, metavar="PEER", help="The host that holds the standby.")
-@click.option(
-    "--delay", type=DELAY, default="100ms", show_default=True, help="Time between checkpoints, 10ms to 10s."
-)
+@_delay_option(default="100ms", show_default=True)
 @click.option("--engine", type=click.Choice(get_args(api.EngineChoice)), default="auto", show_default=True)
 @click.option("--netbuffer", type=click.Choice(get_args(api.BufferChoice)), default="auto", show_default=True)
 @click.option(
-    "--disk", "disks", multiple=True, metavar="TARGET=PATH", help="Where the standby keeps this disk."
+    "--disk", "disks", multiple=True, metavar="TARGET=PATH", help="The disk's place on the standby."
 )
-@click.option(
-    "--overwrite", multiple=True, metavar="PATH", help="This file on the standby may be overwritten."
-)
+@click.option("--overwrite", multiple=True, metavar="PATH", help="This file there may be overwritten.")
 @click.option("--no-wait", is_flag=True, help="Return when the set-up was accepted.")
-@click.option(
-    "--timeout", callback=_quantity(_timeout_s), metavar="TIME",
-    help="End waiting after this long (exit 6); the set-up goes on.",
-)  # fmt: skip
+@_timeout_option("End waiting after this long (exit 6); the set-up goes on.")
 @click.pass_obj
 def protect(
     session: _Session,
@@ -186,9 +189,7 @@ def solo(session: _Session, domain: str, force: bool, peer_is_off: bool, yes: bo
 
 @cli.command(name="set")
 @click.argument("domain")
-@click.option(
-    "--delay", callback=_quantity(units.parse_delay_ms), metavar="TIME", required=True, help=_DELAY_HELP
-)
+@_delay_option(required=True)
 @click.pass_obj
 def set_(session: _Session, domain: str, delay: int) -> None:
     """Change a protection while it runs."""
@@ -233,9 +234,15 @@ def status(session: _Session, domain: str | None, as_json: bool, watch: bool, ch
 @cli.command()
 @click.argument("domain")
 @click.option(
-    "--for", "states", type=STATES, default="protected", show_default=True, help="Any of these states."
+    "--for",
+    "states",
+    callback=_quantity(_states),
+    metavar="STATE[,STATE…]",
+    default="protected",
+    show_default=True,
+    help="Any of these states.",
 )
-@click.option("--timeout", type=TIMEOUT, help="Give up after this long (exit 6). Without it: never.")
+@_timeout_option("Give up after this long (exit 6). Without it: never.")
 @click.pass_obj
 def wait(session: _Session, domain: str, states: frozenset[str], timeout: float | None) -> None:
     """Wait until a protection is in one of the states."""

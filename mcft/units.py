@@ -25,15 +25,17 @@ _SIZE_OF_LOWER = {unit.lower(): factor for unit, factor in _SIZE_BYTES.items()}
 _QUANTITY = re.compile(r"(-?)([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*([a-zA-Z]*)")
 
 
-def parse_duration_ms(text: str, *, zero_ok: bool = False, what: str = "duration") -> float:
+def parse_duration_ms(
+    text: str, *, zero_ok: bool = False, what: str = "duration", usual_unit: str = "ms"
+) -> float:
     """Read "100ms", "1.5s", "2m" as milliseconds.
 
-    what: the word for the value in refusals. Raises `Usage` for a missing or unknown unit, a negative
+    what: the word for the value in refusals; usual_unit: the unit that they suggest. Raises `Usage` for a missing or unknown unit, a negative
     number, zero unless zero_ok, and anything that is not a number.
     """
     number, unit = _split(text, what, example="100ms")
     if not unit:
-        raise _bad(f'the {what} "{text}" has no unit: say {text.strip()}ms')
+        raise _bad(f'the {what} "{text}" has no unit: say {text.strip()}{usual_unit}')
     if unit not in _DURATION_MS:
         raise _bad(f'the {what} "{text}" has an unknown unit: say 100ms, 1.5s or 2m')
     milliseconds = number * _DURATION_MS[unit]
