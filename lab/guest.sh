@@ -23,8 +23,10 @@ build_guest() {
     printf 'root:x:0:0::/:/bin/sh\n' > "$root/etc/passwd"
     # Not compressed: under TCG copying is faster than inflating. (The kernel does not mind the name.)
     (cd "$root" && find . | "$TREE/usr/bin/busybox" cpio -o -H newc -R 0:0 2> /dev/null) > "$w/initrd.gz"
-    rm -rf "$w/kernel" "$root" "$GUEST"
-    chmod 755 "$w" && chmod 644 "$w"/* && mv "$w" "$GUEST"
+    # Into the folder that is there: running hosts have it bound.
+    mkdir -p "$GUEST" && chmod 755 "$GUEST" && chmod 644 "$w/vmlinuz" "$w/initrd.gz"
+    mv "$w/vmlinuz" "$w/initrd.gz" "$GUEST/"
+    rm -rf "$w"
     echo "$want" > "$CACHE/guest.stamp"
 }
 

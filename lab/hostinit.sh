@@ -52,7 +52,7 @@ exec 2>&1
 umount -l /old-root
 if [ -e /etc/systemd/system/lab.target ]; then
     exec env -i container=other PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin LANG=C.UTF-8 \
-        /lib/systemd/systemd --log-target=console --log-level=notice --show-status=false
+        /lib/systemd/systemd --show-status=false
 fi
 # The others need only somebody who reaps: with SIGCHLD ignored the kernel does, and sleep inherits that.
 trap '' CHLD

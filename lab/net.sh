@@ -49,6 +49,7 @@ addr add $lan/24 dev br0"
         [ -z "$rep" ] || echo "addr add $rep/24 dev rep0
 link set rep0 up"
     } | ip -n "$ns" -batch -
+    apply_rep_cuts
 }
 
 # Deleting the switch's ends first is synchronous, deleting a namespace is not.
@@ -64,7 +65,14 @@ net_host_down() {
 # (The carrier is left for later: a host that loses its power does not watch its links go.)
 net_cut() {
     local p
-    for p in "$@"; do echo "link set dev $p state disabled"; done | bridge -n $SW -batch - 2>/dev/null
+    # -force: a port that is down already must not keep the next one from being cut
+    for p in "$@"; do echo "link set dev $p state disabled"; done | bridge -n $SW -force -batch - 2>/dev/null || :
+}
+
+# Single replication ports that are to be cut: a new port, and every port of a bridge set up again, starts as forwarding.
+apply_rep_cuts() {
+    local f
+    for f in "$STATE"/links/rep:*; do [ ! -e "$f" ] || net_cut "${f##*/rep:}-rep"; done
 }
 
 link_is_down() { [ -e "$STATE/links/$1" ]; }
@@ -76,7 +84,7 @@ link_cmd() {
     case $link in
     rep) ip -n $SW link set br-rep "$to" ;; # a bridge that is down forwards nothing, its ports keep their carrier: a silent cut
     rep:h1 | rep:h2 | rep:arb) # the same for one host's port only; the port must be up for its state to be set
-        bridge -n $SW link set dev "${link#rep:}-rep" state "$([ "$to" = up ] && echo forwarding || echo disabled)" ;;
+        [ "$to" = down ] || bridge -n $SW link set dev "${link#rep:}-rep" state forwarding 2>/dev/null || : ;; # (off, or bridge down)
     lan:h1 | lan:h2 | lan:cl | lan:arb)
         if ip -n $SW link show "${link#lan:}-lan" > /dev/null 2>&1; then ip -n $SW link set "${link#lan:}-lan" "$to"; fi ;;
     *) die "no link '$link' (rep, rep:h1, rep:h2, lan:h1, lan:h2, lan:cl)" ;;
@@ -84,4 +92,5 @@ link_cmd() {
     # Remembered, so that a host which is powered on again finds its cable as it was left.
     mkdir -p "$STATE/links"
     if [ "$to" = down ]; then : > "$STATE/links/$link"; else rm -f "$STATE/links/$link"; fi
+    apply_rep_cuts
 }
