@@ -127,11 +127,11 @@ def protect(
     paths = _disk_paths(disks)
     request = api.ProtectRequest(domain, to, delay, engine, netbuffer, paths, list(overwrite), _new_key())
     agent = session.agent()
-    job = agent.protect(request)
-    if no_wait and job.state == "running":
-        click.echo(f"{domain}: accepted, job {job.id}. To wait: mcft wait {domain} --for protected")
-        return
     with _detachable(f"protecting {domain} goes on; `mcft unprotect {domain}` cancels it"):
+        job = agent.protect(request)
+        if no_wait and job.state == "running":
+            click.echo(f"{domain}: accepted, job {job.id}. To wait: mcft wait {domain} --for protected")
+            return
         _finish(agent, job, timeout, f"{domain} is protected")
         status = agent.status(domain)
     hint = render.standby_arbiter_hint(status.host, status.protections[0])
@@ -315,9 +315,8 @@ def _need_command(ctx: click.Context) -> None:
 
 
 def _act(agent: client.Client, domain: str, verb: client.Verb, request: api.ActRequest, done: str) -> None:
-    job = agent.act(domain, verb, request)
     with _detachable(f"{verb} of {domain} goes on; `mcft status {domain}` shows it"):
-        _finish(agent, job, None, done)
+        _finish(agent, agent.act(domain, verb, request), None, done)
 
 
 def _finish(agent: client.Client, job: api.JobBody, timeout_s: float | None, done: str) -> None:
@@ -390,10 +389,10 @@ def _new_key() -> str:
     return os.urandom(16).hex()
 
 
-def main() -> int:
-    """Run the command line; the exit code is the process's."""
+def main(args: list[str] | None = None) -> int:
+    """Run the command line (args, or the process's own); the answer is the process's exit code."""
     try:
-        result = cli.main(prog_name="mcft", standalone_mode=False)
+        result = cli.main(args, prog_name="mcft", standalone_mode=False)
     except errors.McftError as error:
         click.echo(f"mcft: {error}", err=True)
         return error.exit_code

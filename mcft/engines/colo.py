@@ -1,0 +1,89 @@
+"""Engine `colo`: stock QEMU from 11.1 on, capability `x-colo` in its periodic mode, with `return-path`.
+
+Sources: QEMU `docs/COLO-FT.rst`, `migration/colo.c`, `qapi/migration.json`. What was measured: earlier versions offer `x-colo`
+and break; they are refused by name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from mcft.errors import Failed
+from mcft.qmp_passthrough import Qmp
+
+MIN_VERSION = (11, 1)
+KNOWN_BROKEN = {
+    7: "under it the primary deadlocks within a few checkpoints (its migration thread takes the main lock twice)",
+    10: "there COLO ends as `completed` without return-path and as `failed` with it (Received invalid message 0x0000)",
+}
+CAPABILITIES = ("return-path", "x-colo", "pause-before-switchover", "events")
+DEFAULT_MAX_BANDWIDTH_BYTES = 128 << 20
+DEFAULT_CHECKPOINT_DELAY_MS = 20000
+
+
+class Colo:
+    """See `engines/base.py` for what each method promises."""
+
+    name = "colo"
+
+    async def unsupported(self, qmp: Qmp) -> str:
+        version = (await qmp.execute("query-version"))["qemu"]
+        number = (version["major"], version["minor"])
+        offered = {c["capability"] for c in await qmp.execute("query-migrate-capabilities")}
+        if "x-colo" not in offered:
+            return f"its QEMU {number[0]}.{number[1]} was built without COLO (no capability x-colo)"
+        if number < MIN_VERSION:
+            why = KNOWN_BROKEN.get(number[0], "COLO is known to work from 11.1 on")
+            return f"its QEMU is {number[0]}.{number[1]}: {why}; QEMU 11.1 or newer is needed"
+        if not await qmp.execute("qom-list-types", implements="monitor-qmp"):
+            return f"its QEMU {number[0]}.{number[1]} can't add a monitor while it runs (no object type monitor-qmp)"
+        return ""
+
+    async def listen(self, qmp: Qmp, address: str, port: int) -> None:
+        await self._capabilities(qmp, ("return-path", "x-colo"), True)
+        await qmp.execute("migrate-incoming", uri=_uri(address, port))
+
+    async def start(self, qmp: Qmp, address: str, port: int, delay_ms: int, max_bandwidth_bytes: int) -> None:
+        await self._capabilities(qmp, CAPABILITIES, True)
+        await qmp.execute("migrate-set-parameters", **{"x-checkpoint-delay": delay_ms, "max-bandwidth": max_bandwidth_bytes})
+        await qmp.execute("migrate", uri=_uri(address, port))
+
+    async def switchover_reached(self, qmp: Qmp) -> bool:
+        status = (await self._migration(qmp)).get("status")
+        if status in ("failed", "cancelled", "completed", "cancelling"):
+            raise Failed("migration-failed", f"the first copy of the guest's memory ended as '{status}'")
+        return status == "pre-switchover"
+
+    async def begin_checkpoints(self, qmp: Qmp) -> None:
+        await qmp.execute("migrate-continue", state="pre-switchover")
+
+    async def abort(self, qmp: Qmp) -> None:
+        status = (await self._migration(qmp)).get("status")
+        if status in ("setup", "active", "pre-switchover", "device", "cancelling"):
+            await qmp.attempt("migrate_cancel")
+        elif status == "colo":
+            await qmp.attempt("x-colo-lost-heartbeat")
+        for _ in range(1000):
+            if (await self._migration(qmp)).get("status") in (None, "none", "cancelled", "failed", "completed"):
+                break
+            await asyncio.sleep(0.005)
+        if await qmp.status() in ("paused", "postmigrate", "finish-migrate", "colo"):
+            await qmp.attempt("cont")
+        await self._capabilities(qmp, CAPABILITIES, False)
+        defaults = {"x-checkpoint-delay": DEFAULT_CHECKPOINT_DELAY_MS, "max-bandwidth": DEFAULT_MAX_BANDWIDTH_BYTES}
+        await qmp.attempt("migrate-set-parameters", **defaults)
+
+    def leave_commands(self) -> list[dict[str, Any]]:
+        return [{"execute": "x-colo-lost-heartbeat"}]
+
+    async def _migration(self, qmp: Qmp) -> dict[str, Any]:
+        answer: dict[str, Any] = await qmp.execute("query-migrate")
+        return answer
+
+    async def _capabilities(self, qmp: Qmp, names: tuple[str, ...], state: bool) -> None:
+        await qmp.execute("migrate-set-capabilities", capabilities=[{"capability": n, "state": state} for n in names])
+
+
+def _uri(address: str, port: int) -> str:
+    return f"tcp:[{address}]:{port}" if ":" in address else f"tcp:{address}:{port}"

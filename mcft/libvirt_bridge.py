@@ -1,0 +1,243 @@
+"""The only importer of libvirt: connections, domains, XML, lifecycle events, and the monitor passthrough's raw call.
+
+Every call runs in a bounded pool of threads with a deadline, never on the event loop; libvirt's own event loop has a
+thread of its own and hands over with `call_soon_threadsafe`. A daemon that was restarted is connected to anew.
+Python bindings: `libvirt`, `libvirt_qemu` (distribution's python3-libvirt, or PyPI's libvirt-python >= 8.2).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import libvirt
+import libvirt_qemu
+
+from mcft.errors import Failed, NotFound, Refused
+
+log = logging.getLogger("mcft.libvirt")
+T = TypeVar("T")
+Lifecycle = Callable[[str, str, int], None]
+EVENTS = ("defined", "undefined", "started", "suspended", "resumed", "stopped", "shutdown", "pmsuspended", "crashed")
+_event_thread: threading.Thread | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DomainInfo:
+    """A domain as libvirt sees it. qemu_pid: 0 unless it runs."""
+
+    name: str
+    uuid: str
+    running: bool  # has a QEMU, be it paused
+    paused: bool
+    persistent: bool
+    autostart: bool
+    qemu_pid: int
+
+
+def _run_events() -> None:
+    while True:
+        libvirt.virEventRunDefaultImpl()
+
+
+def _start_events() -> None:
+    """libvirt's default event loop: once per process, before the first connection."""
+    global _event_thread
+    if _event_thread is None:
+        libvirt.virEventRegisterDefaultImpl()
+        libvirt.registerErrorHandler(lambda _context, _error: None, None)  # errors come as exceptions; stderr stays clean
+        _event_thread = threading.Thread(target=_run_events, name="libvirt-events", daemon=True)
+        _event_thread.start()
+
+
+class LibvirtHost:
+    """One host's libvirt. on_lifecycle(uuid, event, detail) is called on the asyncio loop."""
+
+    def __init__(self, uri: str, on_lifecycle: Lifecycle | None = None) -> None:
+        self.uri = uri
+        self._on_lifecycle = on_lifecycle
+        self._pool = ThreadPoolExecutor(8, thread_name_prefix="libvirt")
+        self._lock = threading.Lock()
+        self._conn: Any = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def start(self) -> None:
+        """Begin; a daemon that does not answer yet is connected to when it is first needed."""
+        self._loop = asyncio.get_running_loop()
+        _start_events()
+        try:
+            await self.call(lambda conn: conn.getLibVersion())
+        except Failed as error:
+            log.warning("libvirt does not answer yet: %s", error)
+
+    async def keep_connected(self) -> None:
+        """For ever: connect again after the daemon's restart, so that lifecycle events are not missed for long."""
+        while True:
+            try:
+                await self.call(lambda conn: conn.getLibVersion(), timeout_s=5)
+            except Failed as error:
+                log.debug("libvirt: %s", error)
+            await asyncio.sleep(2)
+
+    def _connection(self) -> Any:
+        with self._lock:
+            if self._conn is not None and self._conn.isAlive():
+                return self._conn
+            self._conn = libvirt.open(self.uri)
+            self._conn.setKeepAlive(5, 3)
+            self._conn.domainEventRegisterAny(None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._lifecycle, None)
+            return self._conn
+
+    def _lifecycle(self, _conn: Any, domain: Any, event: int, detail: int, _opaque: Any) -> None:
+        if self._loop is not None and self._on_lifecycle is not None:
+            name = EVENTS[event] if event < len(EVENTS) else str(event)
+            self._loop.call_soon_threadsafe(self._on_lifecycle, domain.UUIDString(), name, detail)
+
+    async def call(self, work: Callable[[Any], T], timeout_s: float = 15.0) -> T:
+        """Run work(connection) in the pool.
+
+        Raises: Failed ("libvirt"), NotFound ("no-such-domain"), Failed ("libvirt-timeout") after timeout_s.
+        """
+        try:
+            return await asyncio.wait_for(asyncio.get_running_loop().run_in_executor(self._pool, self._try, work), timeout_s)
+        except TimeoutError:
+            raise Failed(
+                "libvirt-timeout", f"libvirt did not answer within {timeout_s:g} s", "", "look at: systemctl status libvirtd"
+            ) from None
+        except libvirt.libvirtError as error:
+            if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
+                raise NotFound("no-such-domain", "no such domain on this host", str(error), "virsh list --all") from None
+            raise Failed("libvirt", f"libvirt: {error}") from None
+
+    def _try(self, work: Callable[[Any], T]) -> T:
+        try:
+            return work(self._connection())
+        except libvirt.libvirtError as error:
+            if error.get_error_code() not in (libvirt.VIR_ERR_INTERNAL_ERROR, libvirt.VIR_ERR_RPC, libvirt.VIR_ERR_SYSTEM_ERROR, libvirt.VIR_ERR_NO_CONNECT):  # fmt: skip
+                raise
+            with self._lock:
+                alive = self._conn is not None and self._conn.isAlive()
+                if alive:
+                    raise
+                self._conn = None
+            return work(self._connection())
+
+    # ---- domains ----
+
+    @staticmethod
+    def _find(conn: Any, name_or_uuid: str) -> Any:
+        if len(name_or_uuid) == 36 and name_or_uuid.count("-") == 4:
+            return conn.lookupByUUIDString(name_or_uuid)
+        return conn.lookupByName(name_or_uuid)
+
+    async def info(self, name_or_uuid: str) -> DomainInfo:
+        """Raises: NotFound."""
+
+        def work(conn: Any) -> DomainInfo:
+            domain = self._find(conn, name_or_uuid)
+            active = bool(domain.isActive())
+            state = domain.state()[0] if active else libvirt.VIR_DOMAIN_SHUTOFF
+            persistent = bool(domain.isPersistent())
+            return DomainInfo(
+                domain.name(), domain.UUIDString(), active, state == libvirt.VIR_DOMAIN_PAUSED, persistent,
+                bool(domain.autostart()) if persistent else False, qemu_pid(domain.name(), domain.UUIDString()) if active else 0,
+            )  # fmt: skip
+
+        try:
+            return await self.call(work)
+        except NotFound as error:
+            raise NotFound("no-such-domain", f"no domain '{name_or_uuid}' on this host", "", error.next_step) from None
+
+    async def find(self, name_or_uuid: str) -> DomainInfo | None:
+        """`info`, or None."""
+        try:
+            return await self.info(name_or_uuid)
+        except NotFound:
+            return None
+
+    async def xml(self, uuid: str, *, inactive: bool = False, migratable: bool = False) -> str:
+        """The domain's XML, with secrets."""
+        flags = libvirt.VIR_DOMAIN_XML_SECURE
+        flags |= libvirt.VIR_DOMAIN_XML_INACTIVE if inactive else 0
+        flags |= libvirt.VIR_DOMAIN_XML_MIGRATABLE if migratable else 0
+        return str(await self.call(lambda conn: self._find(conn, uuid).XMLDesc(flags)))
+
+    async def create_paused(self, xml: str) -> DomainInfo:
+        """Start a transient domain, paused (virDomainCreateXML, VIR_DOMAIN_START_PAUSED). Raises: Failed, Refused."""
+
+        def work(conn: Any) -> str:
+            try:
+                return str(conn.createXML(xml, libvirt.VIR_DOMAIN_START_PAUSED).UUIDString())
+            except libvirt.libvirtError as error:
+                if error.get_error_code() == libvirt.VIR_ERR_HOOK_SCRIPT_FAILED:
+                    raise Refused("hook-refused", "libvirt's hook refused this start", str(error)) from None
+                raise
+
+        return await self.info(await self.call(work, timeout_s=60))
+
+    async def define(self, xml: str) -> None:
+        """Make (or replace) the persistent definition; a running transient domain becomes persistent by it."""
+        await self.call(lambda conn: conn.defineXML(xml))
+
+    async def undefine(self, uuid: str) -> None:
+        """Forget the persistent definition; NVRAM and the like are kept, a running domain goes on (transient)."""
+        flags = libvirt.VIR_DOMAIN_UNDEFINE_KEEP_NVRAM | libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE
+        await self.call(lambda conn: self._find(conn, uuid).undefineFlags(flags))
+
+    async def set_autostart(self, uuid: str, on: bool) -> None:
+        """For a persistent domain."""
+        await self.call(lambda conn: self._find(conn, uuid).setAutostart(1 if on else 0))
+
+    async def destroy(self, uuid: str) -> None:
+        """End its QEMU at once; an ended one is fine."""
+
+        def work(conn: Any) -> None:
+            try:
+                self._find(conn, uuid).destroyFlags(0)
+            except libvirt.libvirtError as error:
+                if error.get_error_code() not in (libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_ERR_OPERATION_INVALID):
+                    raise
+
+        await self.call(work, timeout_s=30)
+
+    async def qmp(self, uuid: str, command: dict[str, Any], fds: Sequence[int] = (), timeout_s: float = 15.0) -> Any:
+        """One QMP command through the passthrough; the whole reply object. fds go along (`getfd`)."""
+
+        def work(conn: Any) -> str:
+            domain = self._find(conn, uuid)
+            if fds:
+                # The binding wants file objects' descriptors as a list; QEMU gets duplicates.
+                return _text(libvirt_qemu.qemuMonitorCommandWithFiles(domain, json.dumps(command), list(fds), 0))
+            return _text(libvirt_qemu.qemuMonitorCommand(domain, json.dumps(command), 0))
+
+        return json.loads(await self.call(work, timeout_s))
+
+    async def versions(self) -> dict[str, str]:
+        """{"libvirt": "11.3.0", "qemu": "11.1.3"} of the daemon and its default emulator."""
+
+        def text(number: int) -> str:
+            return f"{number // 1000000}.{number // 1000 % 1000}.{number % 1000}"
+
+        return await self.call(lambda conn: {"libvirt": text(conn.getLibVersion()), "qemu": text(conn.getVersion())})
+
+
+def _text(answer: Any) -> str:
+    return str(answer[0] if isinstance(answer, tuple) else answer)
+
+
+def qemu_pid(name: str, uuid: str, run_dir: str = "/run/libvirt/qemu") -> int:
+    """The pid of a running domain's QEMU, from libvirt's pid file, checked against its command line; 0 if none."""
+    try:
+        with open(os.path.join(run_dir, f"{name}.pid"), encoding="ascii") as file:
+            pid = int(file.read())
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return pid if uuid.encode() in file.read() else 0
+    except (OSError, ValueError):
+        return 0
