@@ -30,8 +30,8 @@ def parse_duration_ms(
 ) -> float:
     """Read "100ms", "1.5s", "2m" as milliseconds.
 
-    what: the word for the value in refusals; usual_unit: the unit that they suggest.
-    Raises `Usage` for a missing or unknown unit, a negative number, zero unless zero_ok, and anything that is not a number.
+    what: the word for the value in refusals; usual_unit: the unit that they suggest. Raises `Usage` for
+    a missing or unknown unit, a negative number, zero unless zero_ok, and what is no number at all.
     """
     number, unit = _split(text, what, example="100ms")
     if not unit:

@@ -1,0 +1,141 @@
+"""What an agent keeps of a protection, and what agents say to each other about it (all msgspec, JSON on disk and wire)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from mcft.api import BufferChoice, EngineChoice, Role, State
+from mcft.diskreplica import Disk
+from mcft.gate.state import LinkSpec
+from mcft.netbuffer import Nic, Way
+
+
+class Body(msgspec.Struct):
+    """One protection on one host, as stored. pid: the instance; g: its generation; key: of the keepalives' MAC.
+
+    xml: the persistent definition as it was before mcft; standby_disks: target → path on the standby.
+    built: names of the set-up's steps that were begun, so that an agent which died in between can undo them.
+    peer_mig_port, peer_nbd_port: the standby's. origin: why this instance was made ("operator", "again").
+    """
+
+    uuid: str
+    domain: str
+    pid: str
+    g: int
+    role: Role
+    peer: str
+    state: State = "preparing"
+    reason: str = ""
+    engine: EngineChoice = "colo"
+    engine_asked: EngineChoice = "auto"
+    buffer_asked: BufferChoice = "auto"
+    buffer: Way = "filter"
+    delay_ms: int = 100
+    since: str = ""
+    key: str = ""
+    xml: str = ""
+    persistent: bool = True
+    autostart: bool = False
+    disks: list[Disk] = []
+    nics: list[Nic] = []
+    disk_paths: dict[str, str] = {}
+    overwrite: list[str] = []
+    created_files: list[str] = []
+    built: list[str] = []
+    links: list[LinkSpec] = []
+    mig_port: int = 0
+    nbd_port: int = 0
+    qemu_pid: int = 0
+    qemu_start: int = 0
+    boot_id: str = ""
+    overlays_g: int = 0  # generation of overlays that may still have to be committed or removed
+    manual: str = ""  # why it is not protected again by itself (override, disk error…)
+    failures: int = 0
+    next_try_boottime_ms: float = 0.0
+    quick_return: bool = False  # the standby was lost by a bare restart of its QEMU or link
+    peer_versions: dict[str, str] = {}
+    intended_end: str = ""
+
+
+class Hello(msgspec.Struct, frozen=True):
+    """Who an agent is. boot_id: of its host."""
+
+    host: str = ""
+    mcft: str = ""
+    qemu: str = ""
+    libvirt: str = ""
+    boot_id: str = ""
+
+
+class About(msgspec.Struct, frozen=True):
+    """A question about one domain (and one instance of it, where pid is given)."""
+
+    uuid: str
+    pid: str = ""
+    g: int = 0
+    domain: str = ""
+    detail: str = ""
+
+
+class Records(msgspec.Struct, frozen=True):
+    """All that one side knows of a domain. records: [(side, g, kind)] of instance pid in the order of writing."""
+
+    host: str
+    uuid: str
+    highest_g: int = 0
+    pid: str = ""
+    g: int = 0
+    role: str = ""
+    state: str = ""
+    records: list[tuple[str, int, str]] = []
+    running: bool = False
+    defined: bool = False
+    qemu_alive: bool = False
+    protections: int = 0
+
+
+class Prepare(msgspec.Struct, frozen=True):
+    """What a standby needs to build its copy. links: as the *standby* sees them (local is its own address)."""
+
+    uuid: str
+    domain: str
+    pid: str
+    g: int
+    key: str
+    delay_ms: int
+    engine: str
+    loss_ms: float
+    xml: str
+    persistent_xml: str
+    autostart: bool
+    disks: list[Disk]
+    primary_ports: list[int]
+    disk_paths: dict[str, str] = {}
+    overwrite: list[str] = []
+    proof_g: int = 0
+    qemu: str = ""
+    buffer: str = "filter"
+
+
+class Prepared(msgspec.Struct, frozen=True):
+    """Where the standby waits."""
+
+    address: str
+    mig_port: int
+    nbd_port: int
+    keepalive_port: int
+    versions: dict[str, str] = {}
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """A record that stands, in answer to ARM, give-up, TAKE; detail: why it is not the one that was asked for."""
+
+    kind: str
+    g: int = 0
+    detail: str = ""
+
+
+def encode(body: Any) -> bytes:
+    return msgspec.json.encode(body)
