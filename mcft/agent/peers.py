@@ -75,7 +75,7 @@ class PeerLink:
 
     @property
     def reachable_since(self) -> float | None:
-        """Since when (CLOCK_BOOTTIME, s) it has answered without a gap of more than 3 s; None if it does not."""
+        """Since when (CLOCK_BOOTTIME, s) it answers without a gap of more than 3 s; None if it does not."""
         return self._since if self.reachable else None
 
     @property
@@ -100,11 +100,12 @@ class PeerLink:
         untrusted = [error for error in failures.values() if error.code == "peer-untrusted"]
         if untrusted:
             raise untrusted[0]
-        why = "; ".join(f"{address}: {error.reason}" for address, error in failures.items())
+        silence = f"no answer within {timeout_s:g} s"
+        why = [f"{a}: {failures[a].reason if a in failures else silence}" for a in self.peer.addresses]
         raise Unreachable(
             "peer-unreachable",
             f"{self.peer.name} did not answer ({verb})",
-            why or f"no answer within {timeout_s:g} s",
+            "; ".join(why),
             f"look at the links to {self.peer.name}, and at its agent",
         )
 
@@ -125,6 +126,8 @@ class PeerLink:
                     if error is None:
                         self._answered(link)
                         return task.result()
+                    if isinstance(error, McftError):
+                        self._answered(link)
                     if not isinstance(error, _NoAnswer):
                         raise error
                     failures[link.address] = error.said
@@ -214,7 +217,7 @@ class _Link:
             self._pool = None
 
     async def post(self, verb: str, body: bytes, fresh: bool = False) -> bytes:
-        """One attempt; the caller sets its deadline by cancelling. Raises _NoAnswer, or the peer's McftError."""
+        """One attempt; its deadline is the caller's. Raises _NoAnswer, or the McftError of the peer's answer."""
         if fresh:
             self.forget_connections()
         try:
@@ -232,8 +235,9 @@ class _Link:
 
     def _said(self, error: Exception) -> McftError:
         for cause in _causes(error):
-            if isinstance(cause, ssl.SSLError) and not isinstance(cause, (ssl.SSLEOFError,
-            ssl.SSLZeroReturnError)):
+            if isinstance(cause, ssl.SSLError) and not isinstance(
+                cause, (ssl.SSLEOFError, ssl.SSLZeroReturnError)
+            ):
                 return Refused(
                     "peer-untrusted",
                     f"{self} and this host do not trust each other's certificates",
@@ -258,8 +262,9 @@ class _Pool:
     def __init__(self, context: ssl.SSLContext) -> None:
         connector = aiohttp.TCPConnector(ssl=context, limit=0, keepalive_timeout=_IDLE_S)
         self.session = aiohttp.ClientSession(
-            connector=connector, cookie_jar=aiohttp.DummyCookieJar(),
-            timeout=aiohttp.ClientTimeout(total=None)
+            connector=connector,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            timeout=aiohttp.ClientTimeout(total=None),
         )
         self._busy = 0
         self._retired = False
@@ -288,5 +293,5 @@ class _Pool:
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
-        error = getattr(error, "os_error", None) or getattr(error, "certificate_error", None) or
-        error.__cause__
+        inner = getattr(error, "os_error", None) or getattr(error, "certificate_error", None)
+        error = inner or error.__cause__
