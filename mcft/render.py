@@ -17,19 +17,20 @@ from mcft import api
 from mcft.units import format_bytes, format_delay, format_duration_ms
 
 WIDTH = 80
-_LABEL = 13
+_LABEL = 15
 
 _COLOURS = {
     "protected": "green", "active": "yellow", "solo": "yellow", "preparing": "cyan", "syncing": "cyan",
     "resyncing": "cyan", "taking-over": "cyan", "muted": "red", "failed": "red", "lost": "red",
 }  # fmt: skip
 
-# What to type in each state, where the agent knows nothing better. {d}: domain, {p}: peer.
+# What to type in each state, where the agent knows nothing better. {d}: domain, {p}: peer,
+# {override}: the operator's word on this side.
 _NEXT = {
     "preparing": "mcft wait {d} --for protected; mcft unprotect {d} cancels",
     "syncing": "mcft wait {d} --for protected; mcft unprotect {d} cancels",
     "protected": "nothing; mcft failover {d} switches to the other host",
-    "muted": "mcft events {d}; if {p} is gone for good: mcft solo {d}",
+    "muted": "mcft events {d}; if {p} is gone for good: mcft {override} {d}",
     "solo": "mcft protect {d} --to {p}",
     "resyncing": "mcft wait {d} --for protected",
     "taking-over": "mcft wait {d} --for active,protected",
@@ -64,7 +65,7 @@ def protection_text(host: str, p: api.Protection) -> str:
     if p.reason:
         lines.append(_labelled("reason", p.reason))
     lines += [_labelled(label, text) for label, text in _facts(p) if text]
-    lines.append(_labelled("next", p.next_step or _NEXT[p.state].format(d=p.domain, p=p.peer), colour="bold"))
+    lines.append(_labelled("next", p.next_step or _next_step(p), colour="bold"))
     hint = standby_arbiter_hint(host, p)
     if hint:
         lines.append(_labelled("note", hint))
@@ -76,7 +77,7 @@ def standby_arbiter_hint(host: str, p: api.Protection) -> str:
     if p.arbiter.kind != "standby" or p.state not in _DEPENDS_ON_STANDBY:
         return ""
     standby = p.peer if p.role == "primary" else host
-    return f"if {standby} dies, {p.domain} is unreachable until `mcft solo {p.domain}` (arbiter: standby)"
+    return f"if {standby} dies, {p.domain} is unreachable until `mcft solo {p.domain}`"
 
 
 def check_summary(status: api.Status) -> str:
@@ -113,6 +114,11 @@ def _headline(host: str, p: api.Protection) -> str:
     return f"{click.style(p.domain, bold=True)}  {state}{gap}{where}"
 
 
+def _next_step(p: api.Protection) -> str:
+    override = "solo" if p.role == "primary" else "failover"
+    return _NEXT[p.state].format(d=p.domain, p=p.peer, override=override)
+
+
 def _facts(p: api.Protection) -> Iterator[tuple[str, str]]:
     period = "" if p.engine == "mc" else f", {p.mode}"
     delay = f"delay {format_delay(p.delay_ms)}"
@@ -133,20 +139,21 @@ def _checkpoints(c: api.Checkpoints) -> str:
         return ""
     pause = _quantiles(", pause", c.pause_ms)
     age = format_duration_ms(c.last_ack_age_ms)
-    last = f"last acknowledged {age} ago" if c.last_ack_age_ms is not None else "none acknowledged lately"
-    return f"{c.rate_hz:.1f}/s, {last}{pause}, {c.acknowledged} in all"
+    last = f"last ack {age} ago" if c.last_ack_age_ms is not None else "no ack lately"
+    return f"{c.rate_hz:.1f}/s, {last}{pause}, {c.acknowledged} so far"
 
 
 def _network(p: api.Protection) -> str:
     if p.network.buffer == "none" and not p.network.nics:
         return ""
-    flow = "flowing" if p.output_flowing else "NOT flowing"
+    # A standby is silent by design; saying so there would read like an alarm.
+    flow = "" if p.role == "standby" else "flowing, " if p.output_flowing else "NOT flowing, "
     packets = sum(nic.held_packets for nic in p.network.nics)
-    held = f"{packets} packets ({format_bytes(sum(nic.held_bytes for nic in p.network.nics))}) held"
+    size = format_bytes(sum(nic.held_bytes for nic in p.network.nics))
     dropped = sum(nic.dropped for nic in p.network.nics)
     return (
-        f"{flow}, buffer {p.network.buffer}, {held}"
-        + _quantiles(", hold", p.network.hold_ms)
+        f"{flow}{p.network.buffer}, {packets} packets ({size}) held"
+        + _quantiles(", holds", p.network.hold_ms)
         + (f", {dropped} dropped" if dropped else "")
     )
 
@@ -178,6 +185,7 @@ def _quantiles(what: str, q: api.Quantiles) -> str:
 
 
 def _labelled(label: str, text: str, colour: str = "") -> str:
+    # Nothing is broken inside a word: a path or a command must survive copy and paste.
     indent = " " * _LABEL
     wrapped = textwrap.fill(
         text,
