@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -133,10 +133,12 @@ def protect(
             click.echo(f"{domain}: accepted, job {job.id}. To wait: mcft wait {domain} --for protected")
             return
         _finish(agent, job, timeout, f"{domain} is protected")
-        status = agent.status(domain)
-    hint = render.standby_arbiter_hint(status.host, status.protections[0])
-    if hint:
-        click.echo(f"Note: {hint}")
+        # The act is done; that its state cannot be asked for just now does not undo it.
+        with suppress(errors.McftError):
+            status = agent.status(domain)
+            hint = render.standby_arbiter_hint(status.host, status.protections[0])
+            if hint:
+                click.echo(f"Note: {hint}")
 
 
 @cli.command()
@@ -163,11 +165,7 @@ def _override_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.pass_obj
 def failover(session: _Session, domain: str, force: bool, peer_is_off: bool, yes: bool) -> None:
     """Move a protected domain to its standby: a planned switch, or a take-over with the primary gone."""
-    agent = session.agent()
-    _confirm_override(agent, "failover", domain, force, peer_is_off, yes)
-    _act(
-        agent, domain, "failover", api.ActRequest(force, peer_is_off, _new_key()), f"{domain} was taken over"
-    )
+    _override(session.agent(), "failover", domain, force, peer_is_off, yes, f"{domain} was taken over")
 
 
 @cli.command()
@@ -176,15 +174,7 @@ def failover(session: _Session, domain: str, force: bool, peer_is_off: bool, yes
 @click.pass_obj
 def solo(session: _Session, domain: str, force: bool, peer_is_off: bool, yes: bool) -> None:
     """Let a domain's primary go on without its standby."""
-    agent = session.agent()
-    _confirm_override(agent, "solo", domain, force, peer_is_off, yes)
-    _act(
-        agent,
-        domain,
-        "solo",
-        api.ActRequest(force, peer_is_off, _new_key()),
-        f"{domain} goes on without a standby",
-    )
+    _override(session.agent(), "solo", domain, force, peer_is_off, yes, f"{domain} goes on without a standby")
 
 
 @cli.command(name="set")
@@ -314,6 +304,16 @@ def _need_command(ctx: click.Context) -> None:
         ctx.exit(errors.USAGE)
 
 
+def _override(
+    agent: client.Client, verb: client.Verb, domain: str, force: bool, peer_is_off: bool, yes: bool, done: str
+) -> None:
+    if (force or peer_is_off) and not yes:
+        answer = agent.status(domain) if sys.stdin.isatty() else None
+        known = (answer.host, answer.protections[0]) if answer else None
+        _confirm(render.stake(verb, domain, force, peer_is_off, known), yes)
+    _act(agent, domain, verb, api.ActRequest(force, peer_is_off, _new_key()), done)
+
+
 def _act(agent: client.Client, domain: str, verb: client.Verb, request: api.ActRequest, done: str) -> None:
     with _detachable(f"{verb} of {domain} goes on; `mcft status {domain}` shows it"):
         _finish(agent, agent.act(domain, verb, request), None, done)
@@ -341,18 +341,6 @@ def _detachable(notice: str) -> Iterator[None]:
     except KeyboardInterrupt:
         click.echo(f"\nmcft: detached; {notice}.", err=True)
         sys.exit(errors.DETACHED)
-
-
-def _confirm_override(
-    agent: client.Client, verb: str, domain: str, force: bool, peer_is_off: bool, yes: bool
-) -> None:
-    if not (force or peer_is_off) or yes:
-        return
-    known = None
-    if sys.stdin.isatty():
-        answer = agent.status(domain)
-        known = (answer.host, answer.protections[0])
-    _confirm(render.stake(verb, domain, force, peer_is_off, known), yes)
 
 
 def _confirm(stake: str, yes: bool) -> None:

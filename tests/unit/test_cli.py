@@ -76,6 +76,11 @@ def test_protect_again_says_already(agent: FakeAgent, run: Run) -> None:
     assert "already" in out
 
 
+def test_protected_stays_protected_when_the_status_cannot_be_asked_for(agent: FakeAgent, run: Run) -> None:
+    agent.say("POST /v1/protections", job("done"))
+    assert run("protect", "vm1", "--to", "host2") == (0, "vm1 is protected\n", "")
+
+
 def test_no_wait_returns_when_accepted(agent: FakeAgent, run: Run) -> None:
     agent.say("POST /v1/protections", job())
     code, out, _ = run("protect", "vm1", "--to", "host2", "--no-wait")
