@@ -217,7 +217,7 @@ class _Link:
             self._pool = None
 
     async def post(self, verb: str, body: bytes, fresh: bool = False) -> bytes:
-        """One attempt; its deadline is the caller's. Raises _NoAnswer, or the McftError of the peer's answer."""
+        """One attempt; its deadline is the caller's. Raises _NoAnswer, or the peer's McftError."""
         if fresh:
             self.forget_connections()
         try:

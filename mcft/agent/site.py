@@ -1,0 +1,210 @@
+"""What every protection on this host shares, and what both sides of one have in common: body, ledger, gate, QMP."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import time
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import msgspec
+
+from mcft import __version__, generations
+from mcft.agent import hook, model
+from mcft.agent.events import EventLog
+from mcft.agent.events import utc_now as utc_now
+from mcft.agent.gates import GateLink
+from mcft.agent.jobs import Jobs
+from mcft.agent.peers import PeerLink
+from mcft.agent.steps import Runner
+from mcft.agent.store import Store
+from mcft.config import Config
+from mcft.engines.colo import Colo
+from mcft.errors import NotFound, Refused
+from mcft.gate.loop import boottime_ms as boottime_ms
+from mcft.gate.state import process_start
+from mcft.generations import Kind, Ledger, Side
+from mcft.libvirt_bridge import LibvirtHost
+from mcft.qmp_passthrough import Qmp
+
+log = logging.getLogger("mcft.agent")
+T = TypeVar("T")
+
+
+@dataclass
+class Site:
+    """One host's shared parts."""
+
+    config: Config
+    store: Store
+    events: EventLog
+    jobs: Jobs
+    host: LibvirtHost
+    markers: hook.Markers
+    hook: hook.HookProof
+    peers: dict[str, PeerLink] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=lambda: {"mcft": __version__})
+    ports_taken: set[int] = field(default_factory=set)
+    runner: Runner = field(default_factory=Runner)
+    maintenance: bool = False
+    _tasks: set[asyncio.Task[Any]] = field(default_factory=set)
+
+    def peer(self, name: str) -> PeerLink:
+        """Raises: NotFound ("no-such-peer"), Refused ("peer-is-self")."""
+        if name == self.config.name:
+            raise Refused("peer-is-self", f"{name} is this host", "a copy on the same host dies with it", "name another host")
+        if name not in self.peers:
+            known = ", ".join(self.peers) or "none"
+            raise NotFound(
+                "no-such-peer", f"no peer '{name}'", f"configured peers: {known}", "add it to /etc/mcft/mcft.toml: [peers.NAME]"
+            )
+        return self.peers[name]
+
+    async def ask(self, peer: str, verb: str, body: msgspec.Struct, reply: type[T], timeout_s: float = 5.0) -> T:
+        """One call of a peer's agent, typed. Raises: Unreachable, Refused, or what the peer answered."""
+        answer = await self.peer(peer).call(verb, model.encode(body), timeout_s)
+        return msgspec.json.decode(answer, type=reply)
+
+    def spawn(self, work: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
+        """Run in the background; an exception is logged, never lost."""
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("%s failed: %s", task.get_name(), error, exc_info=error)
+
+    async def stop_tasks(self) -> None:
+        """Cancel what runs in the background."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def take_port(self, address: str, *, udp: bool) -> int:
+        """A free port of the configured range on this address. Raises: Refused ("no-port")."""
+        first, last = self.config.ports
+        for port in range(first, last + 1):
+            if port in self.ports_taken:
+                continue
+            family = socket.AF_INET6 if ":" in address else socket.AF_INET
+            with socket.socket(family, socket.SOCK_DGRAM if udp else socket.SOCK_STREAM) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    probe.bind((address, port))
+                except OSError:
+                    continue
+            self.ports_taken.add(port)
+            return port
+        raise Refused(
+            "no-port", f"no free port in {first}-{last} on {address}", "every protection takes up to three", "widen [ports] range"
+        )
+
+
+class Life:
+    """Body, ledger, gate and QMP of one protection on this host; `Primary` and `Standby` live it."""
+
+    side: Side
+
+    def __init__(self, site: Site, body: model.Body, ledger: Ledger) -> None:
+        self.site, self.body, self.ledger = site, body, ledger
+        self.qmp = Qmp(site.host, body.uuid)
+        self.gate = GateLink(str(site.config.run_dir), body.uuid, self.on_note)
+        self.engine = Colo()
+        self.gate_status: dict[str, Any] = {}
+        self.peer_known: model.Records | None = None
+
+    # ---- durable ----
+
+    async def save(self) -> None:
+        """Make the body durable."""
+        await self.site.store.save(self.body.uuid, self.body.domain, model.encode(self.body))
+
+    async def record(self, kind: Kind, g: int | None = None, detail: str = "") -> None:
+        """Write a record; when it returns it is on disk, in the ledger, and said by the gate."""
+        record = self.ledger.check(kind, g)
+        await self.site.store.append(
+            self.body.uuid, self.body.pid, record.g, self.ledger.side, [kind.value], detail, model.encode(self.body)
+        )
+        self.ledger.append(kind, g)
+        self._label()
+
+    def _label(self) -> None:
+        """The disks' labels, recomputed from the records: small files, readable without the agent."""
+        primary = self.ledger if self.ledger.side == "primary" else None
+        standby = self.ledger if self.ledger.side == "standby" else None
+        text = generations.disk_labels(primary, standby, committed=not self.body.overlays_g)
+        folder = os.path.join(self.site.config.state_dir, "labels", self.body.uuid)
+        os.makedirs(folder, exist_ok=True)
+        for disk in self.body.disks:
+            fresh = os.path.join(folder, f"{disk.target}.new")
+            with open(fresh, "w", encoding="utf-8") as file:
+                file.write(f"{text} {self.body.pid} {disk.path}\n")
+            os.replace(fresh, os.path.join(folder, disk.target))
+
+    def to_state(self, state: Any, reason: str = "") -> None:
+        """The state people see; every change is an event."""
+        if (self.body.state, self.body.reason) != (state, reason):
+            self.body.state, self.body.reason, self.body.since = state, reason, utc_now()
+            level = "alarm" if state in ("muted", "failed") else "info"
+            self.event("state", f"{state}{': ' + reason if reason else ''}", level)
+
+    def event(self, kind: str, text: str, level: Any = "info") -> None:
+        """One line of the journal."""
+        self.site.events.emit(self.body.domain, kind, text, level)
+
+    # ---- QEMU and gate ----
+
+    def monitor_path(self) -> str:
+        return os.path.join(self.site.config.run_dir, "monitor", f"{self.body.uuid}.sock")
+
+    def qemu_alive(self) -> bool:
+        """Whether the QEMU of this instance, by pid and start time, still runs."""
+        return bool(self.body.qemu_pid) and process_start(self.body.qemu_pid) == self.body.qemu_start
+
+    def kill_qemu(self) -> None:
+        """End it at once, by pid and start time; libvirt notices by itself."""
+        if self.qemu_alive():
+            os.kill(self.body.qemu_pid, 9)
+
+    async def qemu_gone(self, timeout_s: float = 15.0) -> None:
+        """Wait until libvirt too has seen that the domain does not run."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            info = await self.site.host.find(self.body.uuid)
+            if info is None or not info.running:
+                return
+            await asyncio.sleep(0.05)
+        await self.site.host.destroy(self.body.uuid)
+
+    def on_note(self, kind: str, fields: dict[str, Any]) -> None:
+        """A note of the gate; runs on the loop."""
+        raise AssertionError("lived by Primary and Standby")
+
+    async def refresh(self) -> None:
+        """Ask the gate how it is; what it does not answer stays empty."""
+        self.gate_status = await self.gate.ask("status", 1.0) if self.gate.connected else {}
+
+    def known(self, *, host_running: bool) -> model.Records:
+        """This side's records of this instance, for the peer."""
+        return model.Records(
+            self.site.config.name, self.body.uuid, 0, self.body.pid, self.body.g, self.ledger.side, self.body.state,
+            [(self.ledger.side, r.g, r.kind.value) for r in self.ledger.records], host_running, qemu_alive=self.qemu_alive(),
+        )  # fmt: skip
+
+    async def close(self) -> None:
+        """The agent stops; gates go on."""
+        await self.gate.let_go()
+
+
+def peer_ledger(records: model.Records) -> Ledger:
+    """A peer's answer as a ledger of its side."""
+    side: Side = "primary" if records.role == "primary" else "standby"
+    return Ledger.load(records.pid, side, records.g, [(g, kind) for s, g, kind in records.records if s == side])
