@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import random
 import ssl
@@ -35,6 +36,13 @@ FRESH_AFTER_S = 1.0
 GAP_S = 3.0
 # Shorter than the server's deadline for idle connections, so that none is closed under a call.
 _IDLE_S = 15.0
+_CUT = (
+    ssl.SSLEOFError,
+    ssl.SSLZeroReturnError,
+    ConnectionResetError,
+    ConnectionAbortedError,
+    aiohttp.ServerDisconnectedError,
+)
 
 
 def boottime_s() -> float:
@@ -220,6 +228,7 @@ class _Link:
         """One attempt; its deadline is the caller's. Raises _NoAnswer, or the peer's McftError."""
         if fresh:
             self.forget_connections()
+        fresh = self._pool is None
         try:
             if self._pool is None:
                 self._pool = _Pool(tls.client_context(self._config))
@@ -228,23 +237,25 @@ class _Link:
         except McftError as error:
             raise _NoAnswer(Unreachable("peer-unreachable", error.message, str(error))) from error
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            raise _NoAnswer(self._said(error)) from error
+            raise _NoAnswer(self._said(error, fresh)) from error
         if status != 200:
             raise self._refusal(status, answer)
         return answer
 
-    def _said(self, error: Exception) -> McftError:
-        for cause in _causes(error):
-            if isinstance(cause, ssl.SSLError) and not isinstance(
-                cause, (ssl.SSLEOFError, ssl.SSLZeroReturnError)
-            ):
-                return Refused(
-                    "peer-untrusted",
-                    f"{self} and this host do not trust each other's certificates",
-                    str(cause),
-                    f"both need certificates of one CA, and the other's must name {self._peer.name}",
-                )
-        return Unreachable("peer-unreachable", f"{self} does not answer", str(error) or type(error).__name__)
+    def _said(self, error: Exception, fresh: bool) -> McftError:
+        causes = list(_causes(error))
+        words = str(error) or type(error).__name__
+        spoken = [c for c in causes if isinstance(c, ssl.SSLError) and not isinstance(c, _CUT)]
+        # asyncio's TLS server sends no alert: whom it does not accept is cut off in the handshake.
+        cut = fresh and any(isinstance(c, _CUT) or getattr(c, "errno", 0) == errno.ECONNRESET for c in causes)
+        if not spoken and not cut:
+            return Unreachable("peer-unreachable", f"{self} does not answer", words)
+        return Refused(
+            "peer-untrusted",
+            f"{self} and this host do not trust each other's certificates",
+            str(spoken[0]) if spoken else f"it cuts a new connection in the TLS handshake ({words})",
+            f"both need certificates of one CA, and the other's must name {self._peer.name}",
+        )
 
     def _refusal(self, status: int, answer: bytes) -> McftError:
         try:

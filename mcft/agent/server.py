@@ -11,6 +11,7 @@ import contextlib
 import logging
 import math
 import ssl
+from collections.abc import Callable
 from typing import TypeVar
 
 import msgspec
@@ -33,7 +34,7 @@ class Server:
     def __init__(self, config: Config, core: Core, limits: Limits = Limits()) -> None:  # noqa: B008
         self.config = config
         self.trouble = ""
-        routes = _Routes(core, limits)
+        routes = _Routes(core, limits, self._peer)
         self._local = Listener(routes.operators(), limits)
         self._remote = Listener(routes.operators() + routes.peers(), limits, self._check)
         self._context: ssl.SSLContext | None = None
@@ -89,17 +90,22 @@ class Server:
 
     def _check(self, request: web.Request) -> None:
         """Who may do what by TLS: the certificate's name decides, on every request."""
-        config = self.config
-        names = tls.peer_names(request.get_extra_info("peercert"))
-        peer = next((name for name in config.peers if name.lower() in names), None)
         if request.path.startswith("/v1/peer/"):
-            if peer is None:
-                raise _Forbidden("peer-untrusted", f"{config.name} has no peer named {_list(names)}", *_NAMES)
-            request["peer"] = peer
-        elif not {name.lower() for name in config.operators or config.peers} & set(names):
+            self._peer(request)
+            return
+        config, names = self.config, _names(request)
+        if not {name.lower() for name in config.operators or config.peers} & set(names):
             raise _Forbidden(
                 "not-an-operator", f"{config.name} has no operator named {_list(names)}", *_NAMES
             )
+
+    def _peer(self, request: web.Request) -> str:
+        """The configured peer whose certificate this is. Raises Refused("peer-untrusted")."""
+        config, names = self.config, _names(request)
+        for name in config.peers:
+            if name.lower() in names:
+                return name
+        raise _Forbidden("peer-untrusted", f"{config.name} has no peer named {_list(names)}", *_NAMES)
 
     def _complain(self, error: McftError | OSError) -> None:
         self.trouble = f"other agents cannot reach this one: {error}"
@@ -110,6 +116,10 @@ _NAMES = (
     "a certificate of the CA alone is not enough",
     "name it in mcft.toml there, or use the right certificate",
 )
+
+
+def _names(request: web.Request) -> tuple[str, ...]:
+    return tls.peer_names(request.get_extra_info("peercert"))
 
 
 def _list(names: tuple[str, ...]) -> str:
@@ -125,9 +135,10 @@ class _Forbidden(Refused):
 class _Routes:
     """The handlers: read the request, call the core, write what it answers."""
 
-    def __init__(self, core: Core, limits: Limits) -> None:
+    def __init__(self, core: Core, limits: Limits, peer_of: Callable[[web.Request], str]) -> None:
         self._core = core
         self._limits = limits
+        self._peer_of = peer_of
 
     def operators(self) -> list[web.RouteDef]:
         acts = [web.post(f"/v1/protections/{{domain}}/{verb}", self._act(verb)) for verb in _VERBS]
@@ -178,7 +189,7 @@ class _Routes:
 
     async def _peer(self, request: web.Request) -> web.Response:
         body = await self._body(request)
-        answer = await self._core.peer_call(request["peer"], request.match_info["verb"], body)
+        answer = await self._core.peer_call(self._peer_of(request), request.match_info["verb"], body)
         return web.Response(body=answer, content_type="application/json")
 
     async def _read(self, request: web.Request, kind: type[T]) -> T:

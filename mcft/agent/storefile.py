@@ -110,10 +110,10 @@ def close_database(db: sqlite3.Connection, path: Path) -> None:
 def top_up(db: sqlite3.Connection, path: Path) -> None:
     """Give the database its free pages and the WAL its size again, if the disk has plenty of space."""
     try:
-        missing = RESERVE_PAGES - db.execute("PRAGMA freelist_count").fetchone()[0]
+        short = db.execute("PRAGMA freelist_count").fetchone()[0] < RESERVE_PAGES
         disk = os.statvfs(path.parent)
-        if missing > 0 and disk.f_bavail * disk.f_frsize > TOP_UP_MARGIN_BYTES:
-            _add_free_pages(db, missing)
+        if short and disk.f_bavail * disk.f_frsize > TOP_UP_MARGIN_BYTES:
+            _add_free_pages(db)
         _extend(path.with_name(path.name + "-wal"), WAL_BYTES)
     except (sqlite3.OperationalError, OSError) as error:
         if isinstance(error, sqlite3.Error) and error.sqlite_errorcode != sqlite3.SQLITE_FULL:
@@ -121,11 +121,12 @@ def top_up(db: sqlite3.Connection, path: Path) -> None:
         log.warning("no space could be reserved for the records at %s: %s", path, error)
 
 
-def _add_free_pages(db: sqlite3.Connection, count: int) -> None:
+def _add_free_pages(db: sqlite3.Connection) -> None:
+    # The whole reserve, whatever is free already: the ballast takes those pages first.
     # Written, carried into the database, and only then freed: pages that are freed in the transaction that
     # took them are never written, and the file would have holes for blocks.
     with transaction(db):
-        db.execute("INSERT INTO ballast VALUES (randomblob(?))", (count * (PAGE_BYTES - 4),))
+        db.execute("INSERT INTO ballast VALUES (randomblob(?))", (RESERVE_PAGES * (PAGE_BYTES - 4),))
     db.execute("PRAGMA wal_checkpoint(RESTART)").fetchall()
     with transaction(db):
         db.execute("DELETE FROM ballast")
@@ -155,7 +156,7 @@ def _make(path: Path) -> None:
         db.execute(f"PRAGMA page_size={PAGE_BYTES}")
         db.execute("PRAGMA journal_mode=WAL").fetchall()
         db.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version={SCHEMA_VERSION}; COMMIT;")
-        _add_free_pages(db, RESERVE_PAGES)
+        _add_free_pages(db)
     finally:
         db.close()
     fresh.rename(path)
