@@ -201,18 +201,21 @@ async def test_a_cut_link_costs_a_call_one_hedge(lab: Lab) -> None:
 
 
 async def test_a_dead_connection_is_left_for_a_fresh_one(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers_module, "FRESH_AFTER_S", 0.1)
+    monkeypatch.setattr(peers_module, "FRESH_AFTER_S", 0.5)
     relay = await lab.relay("127.0.0.2")
     link = lab.link("127.0.0.2", started=False)
-    await link.call("arm")
-    dead = list(relay._tasks)
-    for task in dead:
-        # The old connection is dead for good, as after a reboot of the peer's host; new ones work.
+    lab.core.hold = asyncio.Event()
+    both = [asyncio.create_task(link.call("arm")) for _ in range(2)]
+    await until(lambda: relay.connections == 2)
+    lab.core.hold.set()
+    await asyncio.gather(*both)
+    for task in list(relay._tasks):
+        # The old connections are dead for good, as after a reboot of the peer's host; new ones work.
         task.cancel()
     begun = time.perf_counter()
     assert await link.call("arm", timeout_s=5) == b'{"from":"host2"}'
     assert time.perf_counter() - begun < 2
-    assert relay.connections == 2
+    assert relay.connections == 3
 
 
 async def test_a_slow_answer_is_waited_for(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
