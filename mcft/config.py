@@ -68,6 +68,7 @@ class Config:
     libvirt_uri: str = "qemu:///system"
     socket_group: str = "libvirt"
     tls: StreamTls = "off"
+    lan_check: tuple[str, ...] = ()
 
     @property
     def socket_path(self) -> Path:
@@ -153,6 +154,7 @@ def parse(text: str, origin: str = str(DEFAULT_PATH)) -> Config:
     reprotect.take(values, "reprotect_after_ms", "after", _reprotect_after)
     reprotect.take(values, "reprotect_after_restart_ms", "after_restart", _reprotect_after)
 
+    top.table("lan").take(values, "lan_check", "check", _peer_addresses)
     top.table("arbiter").take(values, "arbiter", "kind", _one_of(ARBITERS))
 
     agent = top.table("agent")

@@ -22,8 +22,8 @@ class Core(Protocol):
     def events(self) -> EventLog:
         """The journal."""
 
-    def status(self, domain: str | None) -> api.Status:
-        """All protections, or the one of `domain`. From memory: never waits. Raises NotFound."""
+    async def status(self, domain: str | None) -> api.Status:
+        """All protections, or the one of `domain`, as their gates say now. Raises NotFound."""
 
     def peers(self) -> api.Peers:
         """The configured peers as they are now. From memory: never waits."""

@@ -157,7 +157,7 @@ class _Routes:
         return [web.post("/v1/peer/{verb}", self._peer)]
 
     async def _status(self, request: web.Request) -> web.Response:
-        return json_answer(self._core.status(request.query.get("domain") or None))
+        return json_answer(await self._core.status(request.query.get("domain") or None))
 
     async def _peers(self, _request: web.Request) -> web.Response:
         return json_answer(self._core.peers())

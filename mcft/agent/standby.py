@@ -16,7 +16,7 @@ from mcft.diskreplica import Disk
 from mcft.errors import Failed, McftError, Refused
 from mcft.gate.state import GateState, LinkSpec, process_start
 from mcft.generations import Kind
-from mcft.qmp_passthrough import add_monitor
+from mcft.qmp_passthrough import add_monitor, remove_monitor
 
 COMMIT_DEADLINE_S = 600.0
 
@@ -233,10 +233,10 @@ class Standby(Life):
         newest = self.ledger.newest
         return model.Answer(newest.value if newest else "", self.ledger.g, detail)
 
-    async def give_up(self) -> model.Answer:
+    async def give_up(self) -> None:
         """Only ever in answer to the primary, which has closed its gate: given-up(g) on disk, the copy ended."""
         if self.ledger.newest in (Kind.TAKEN, Kind.GIVEN_UP, Kind.LOST, Kind.ENDED):
-            return self._stands()
+            return
         if self.gate.connected:
             await self.gate.ask("break", 1.0)
         elif self.qemu_alive():
@@ -246,12 +246,12 @@ class Standby(Life):
         if refusal := generations.may_give_up(
             self.ledger, own_qemu_gone=not self.qemu_alive(), stream_dead=True, claim_under_way=claiming
         ):
-            return self._stands(refusal)
+            log.info("%s: not given up: %s", self.body.domain, refusal)
+            return
         await self.record(Kind.GIVEN_UP)
         self.kill_qemu()
         self.to_state("lost", f"gave up: {self.body.peer} goes on without this copy")
         self.site.spawn(self._clean_up(), f"clean up {self.body.domain}")
-        return self._stands()
 
     async def ended(self, why: str) -> model.Answer:
         """The primary's guest was ended on purpose, or unprotected: no take-over, the copy goes."""
@@ -302,6 +302,10 @@ class Standby(Life):
         if self._taking is None or self._taking.done():
             self._taking = self.site.spawn(self.take(reason), f"take {self.body.domain} over")
 
+    def _begin_take_planned(self) -> None:
+        if self._taking is None or self._taking.done():
+            self._taking = self.site.spawn(self.take("planned switch", peer_closed=True), f"take {self.body.domain} over")
+
     async def take(self, reason: str, *, peer_closed: bool = False) -> None:
         """taken(g) → resume → spoken(g+1) → NICs open → persistent. Each record is on disk before its act."""
         if refusal := generations.may_take(self.ledger):
@@ -323,8 +327,8 @@ class Standby(Life):
         await self.record(Kind.SPOKEN, self.body.g + 1)
         spoken = await self.gate.ask("speak")
         self.event("take-over", f"{self.body.domain} runs here now: {reason} ({_timing(spoken['timing_ms'])})", "alarm")
-        for error in spoken["errors"]:
-            self.event("alarm", f"opening the NICs: {error}", "alarm")
+        for problem in spoken["errors"]:
+            self.event("alarm", f"opening the NICs: {problem}", "alarm")
         self.to_state("active", reason)
         await self.save()
         await self._settle()
@@ -355,11 +359,9 @@ class Standby(Life):
         self._label()
         await self.save()
         await self.gate.end()
-        from mcft.qmp_passthrough import remove_monitor
-
         await remove_monitor(self.qmp, self.monitor_path())
         await self._unquickack()
-        await self.engine.abort(self.qmp)
+        await self.engine.reset(self.qmp)
         self.event("take-over", "the overlays are committed; nothing of the take-over is left in the domain")
 
     # ---- the agent was restarted ----

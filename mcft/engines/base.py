@@ -36,6 +36,10 @@ class Engine(Protocol):
         """Undo `start`: no migration, capabilities and parameters as they were, the guest running. Idempotent."""
         ...
 
+    async def reset(self, qmp: Qmp) -> None:
+        """Capabilities and parameters as libvirt had them; no migration runs. Idempotent."""
+        ...
+
     def leave_commands(self) -> list[dict[str, Any]]:
         """The commands by which a primary whose stream is dead goes on alone."""
         ...

@@ -70,7 +70,12 @@ class Colo:
             await asyncio.sleep(0.005)
         if await qmp.status() in ("paused", "postmigrate", "finish-migrate", "colo"):
             await qmp.attempt("cont")
-        await self._capabilities(qmp, CAPABILITIES, False)
+        await self.reset(qmp)
+
+    async def reset(self, qmp: Qmp) -> None:
+        await qmp.attempt(
+            "migrate-set-capabilities", capabilities=[{"capability": n, "state": n == "events"} for n in CAPABILITIES]
+        )
         defaults = {"x-checkpoint-delay": DEFAULT_CHECKPOINT_DELAY_MS, "max-bandwidth": DEFAULT_MAX_BANDWIDTH_BYTES}
         await qmp.attempt("migrate-set-parameters", **defaults)
 

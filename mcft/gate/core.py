@@ -100,7 +100,7 @@ class Gate:
             except OSError:
                 continue
             self.links.append(link)
-            self.loop.watch(link.sock, selectors.EVENT_READ, lambda _events, link=link: self._receive(link))
+            self.loop.watch(link.sock, selectors.EVENT_READ, self._receiver(link))
 
     def persist(self) -> None:
         """Write the state file (tmpfs); a restarted gate goes on from it."""
@@ -262,6 +262,9 @@ class Gate:
         if len(self.links) < len(self.state.links):
             self.open_links()
         self.say()
+
+    def _receiver(self, link: Link) -> Callable[[int], None]:
+        return lambda _events: self._receive(link)
 
     def _receive(self, link: Link) -> None:
         now_ms = boottime_ms()

@@ -7,6 +7,7 @@ import selectors
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from mcft.commit import (
@@ -19,7 +20,7 @@ from mcft.commit import (
     SetBarrier,
 )
 from mcft.failover import Act, Verdict
-from mcft.filterbuffer import FilterBuffer, NoBuffer, attach_commands, detach_commands, make_channel, names
+from mcft.filterbuffer import Channel, FilterBuffer, NoBuffer, attach_commands, detach_commands, make_channel, names
 from mcft.gate.control import Answer, Denied
 from mcft.gate.core import Gate
 from mcft.gate.loop import Commands, Task, boottime_ms
@@ -213,7 +214,7 @@ class Primary:
             channel.close()
         self.buffer.channels = channels
         for channel in channels:
-            self.gate.loop.watch(channel.ours_out, selectors.EVENT_READ, lambda _e, channel=channel: self._readable(channel))
+            self.gate.loop.watch(channel.ours_out, selectors.EVENT_READ, partial(self._readable, channel))
         self._attaching = False
         if error:
             self.gate.control.note("alarm", reason=f"the network buffer can't be attached: {error}")
@@ -223,7 +224,7 @@ class Primary:
         self.gate.persist()
         answer({"attached": [nic.target for nic in state.nics]})
 
-    def _readable(self, channel: Any) -> None:
+    def _readable(self, channel: Channel, _events: int) -> None:
         assert isinstance(self.buffer, FilterBuffer)
         self.buffer.readable(channel)
         if channel.broken:
@@ -237,11 +238,11 @@ class Primary:
             return
         for channel in self.buffer.channels:
             if channel.sending:
-                self.gate.loop.watch(channel.ours_in, selectors.EVENT_WRITE, lambda _e, channel=channel: self._writable(channel))
+                self.gate.loop.watch(channel.ours_in, selectors.EVENT_WRITE, partial(self._writable, channel))
             else:
                 self.gate.loop.forget(channel.ours_in)
 
-    def _writable(self, channel: Any) -> None:
+    def _writable(self, channel: Channel, _events: int) -> None:
         channel.flush()
         if not channel.sending:
             self.gate.loop.forget(channel.ours_in)
@@ -281,8 +282,12 @@ class Primary:
         state, deadline_ms = self.gate.state, boottime_ms() + SWITCH_DEADLINE_MS
         while boottime_ms() < deadline_ms and not self.commit.dead:
             before = self.commit.stats.acknowledged
+
+            def went_on(before: int = before) -> bool:
+                return self.commit.stats.acknowledged > before or bool(self.commit.dead)
+
             yield Commands([("migrate-set-parameters", {"x-checkpoint-delay": MAX_DELAY_MS})])
-            yield self.gate.wait(lambda before=before: self.commit.stats.acknowledged > before or bool(self.commit.dead), 4000.0)
+            yield self.gate.wait(went_on, 4000.0)
             yield self.gate.wait(lambda: not self.commit.outstanding or bool(self.commit.dead), 1000.0)
             if self.commit.dead or self.commit.outstanding or self.commit.stats.acknowledged == before:
                 break

@@ -1,0 +1,553 @@
+"""The agent's core: one `Life` per protection, what operators ask of them, what the other agent asks, and protecting again."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+
+from mcft import api, diskreplica, generations, netbuffer
+from mcft.agent import domainxml, model, protection, standby, statusview
+from mcft.agent.events import EventLog
+from mcft.agent.jobs import JobHandle, Jobs
+from mcft.agent.protection import Primary
+from mcft.agent.site import Life, Site, boottime_ms, log
+from mcft.agent.standby import Standby
+from mcft.diskreplica import Disk
+from mcft.errors import Failed, McftError, NotFound, Refused, Unreachable, Usage
+from mcft.generations import Kind, Ledger
+from mcft.units import DELAY_MAX_MS, DELAY_MIN_MS
+
+AGAIN_EVERY_S = 1.0
+MAX_FAILURES = 5
+
+
+class Core:
+    """See `core_api.Core` for what the server expects."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self.lives: dict[str, Life] = {}
+        self._verbs: dict[str, Callable[[str, bytes], Awaitable[msgspec.Struct]]] = {
+            "hello": self._hello,
+            "records": self._records,
+            "state": self._state,
+            "prepare": self._prepare,
+            "arm": self._arm,
+            "give-up": self._give_up,
+            "take": self._take,
+            "ended": self._ended,
+            "discard": self._discard,
+            "switch": self._switch,
+        }
+
+    @property
+    def jobs(self) -> Jobs:
+        return self.site.jobs
+
+    @property
+    def events(self) -> EventLog:
+        return self.site.events
+
+    # ---- start ----
+
+    async def load(self) -> None:
+        """Read what is stored and go on from it; each protection by itself, so that one can't hold up the others."""
+        for stored in await self.site.store.load():
+            body = msgspec.json.decode(stored.body, type=model.Body)
+            kinds = [r for r in await self.site.store.records(body.uuid, body.pid)]
+            side: generations.Side = "standby" if any(r.side == "standby" for r in kinds) else "primary"
+            if not kinds:
+                side = body.role
+            ledger = Ledger.load(body.pid, side, body.g, [(r.g, r.kind) for r in kinds if r.side == side])
+            life = self._alive(body, ledger)
+            for link in body.links:
+                self.site.ports_taken.add(link.local_port)
+            self.site.ports_taken |= {body.mig_port, body.nbd_port} if body.role == "standby" else set()
+            self.site.spawn(self._adopt(life), f"adopt {body.domain}")
+
+    def _alive(self, body: model.Body, ledger: Ledger) -> Life:
+        life: Life = Standby(self.site, body, ledger) if body.role == "standby" else Primary(self.site, body, ledger)
+        if isinstance(life, Standby):
+            life.on_active = self._became_active
+        elif isinstance(life, Primary):
+            life.on_gone = self._gone
+        self.lives[body.uuid] = life
+        return life
+
+    async def _adopt(self, life: Any) -> None:
+        try:
+            await life.adopt()
+            if isinstance(life, Standby) and not life.qemu_alive() and life.ledger.newest is None:
+                self._gone(life)
+        except McftError as error:
+            log.error("%s: going on after the restart failed: %s", life.body.domain, error)
+            life.event("alarm", f"going on after the agent's restart failed: {error}", "alarm")
+        if isinstance(life, Standby) and life.ledger.newest is Kind.PREPARING:
+            await self._still_wanted(life)
+
+    async def _still_wanted(self, life: Standby) -> None:
+        """An unarmed copy whose primary no longer knows this instance is discarded."""
+        while self.lives.get(life.body.uuid) is life and life.ledger.newest is Kind.PREPARING:
+            try:
+                known = await self.site.ask(life.body.peer, "state", self._about(life), model.Records, 3.0)
+                if known.pid != life.body.pid:
+                    await life.discard()
+                    self._gone(life)
+                    return
+            except McftError as error:
+                log.info("asking %s about %s: %s", life.body.peer, life.body.domain, error)
+            await asyncio.sleep(1.0)
+
+    def _about(self, life: Life) -> model.About:
+        return model.About(life.body.uuid, life.body.pid, life.body.g, life.body.domain)
+
+    def _gone(self, life: Life) -> None:
+        if self.lives.get(life.body.uuid) is life:
+            del self.lives[life.body.uuid]
+        for link in life.body.links:
+            self.site.ports_taken.discard(link.local_port)
+        self.site.ports_taken -= {life.body.mig_port, life.body.nbd_port}
+
+    async def _became_active(self, life: Standby) -> None:
+        """A standby that took over is a primary without a standby from now on; its ledger stays the standby's."""
+        life.body.role = "primary"
+        await life.save()
+
+    # ---- what operators ask ----
+
+    def _find(self, domain: str) -> Life:
+        for life in self.lives.values():
+            if domain in (life.body.domain, life.body.uuid):
+                return life
+        raise NotFound("not-protected", f"no protection of '{domain}' on this host", "", f"mcft protect {domain} --to PEER")
+
+    async def status(self, domain: str | None) -> api.Status:
+        lives = [self._find(domain)] if domain else sorted(self.lives.values(), key=lambda life: life.body.domain)
+        return api.Status(self.site.config.name, [await self._view(life) for life in lives])
+
+    async def _view(self, life: Life) -> api.Protection:
+        gate: dict[str, Any] = {}
+        try:
+            await life.refresh()
+            gate = life.gate_status
+        except Failed:
+            log.debug("%s: the gate does not answer", life.body.domain)
+        running = life.qemu_alive()
+        return statusview.protection(
+            life.body, life.ledger, gate, self.jobs.running(life.body.domain), self.events.last(life.body.domain),
+            self.site.versions, running if life.body.role == "primary" else False,
+        )  # fmt: skip
+
+    def peers(self) -> api.Peers:
+        rows = []
+        for name, link in self.site.peers.items():
+            hello = msgspec.json.decode(link.last_hello, type=model.Hello) if link.last_hello else model.Hello()
+            rows.append(api.PeerBody(name, list(link.peer.addresses), link.reachable, hello.mcft, link.detail))
+        return api.Peers(self.site.config.name, rows)
+
+    async def protect(self, request: api.ProtectRequest) -> api.JobBody:
+        """Refuse what can be refused now; the rest is a job."""
+        if not DELAY_MIN_MS <= request.delay_ms <= DELAY_MAX_MS:
+            raise Usage("bad-delay", f"a delay of {request.delay_ms} ms is out of range", "it must be 10ms to 10s", "--delay 100ms")
+        if request.engine == "mc":
+            raise Refused("no-engine", "engine mc is not available in this mcft", "", "use --engine auto")
+        self.site.peer(request.to)
+        info = await self.site.host.info(request.domain)
+        life = self.lives.get(info.uuid)
+        if life is not None and (answer := self._already(life, request)):
+            return self.jobs.start("protect", info.name, _done(answer), request.key)
+
+        async def work(job: JobHandle) -> str:
+            return await self.protect_now(request, job)
+
+        return self.jobs.start("protect", info.name, work, request.key)
+
+    def _already(self, life: Life, request: api.ProtectRequest) -> str:
+        body = life.body
+        if body.state in ("solo", "active", "stopped", "failed", "unprotected") and body.role == "primary":
+            return ""
+        if body.role == "standby" or body.state == "lost":
+            raise Refused(
+                "not-primary", f"{body.domain} is led by {body.peer}", f"here it is {body.state}", f"run this on {body.peer}"
+            )  # fmt: skip
+        if body.peer != request.to:
+            raise Refused(
+                "other-peer", f"{body.domain} is protected to {body.peer} already", "", f"mcft unprotect {body.domain} first"
+            )  # fmt: skip
+        if body.delay_ms != request.delay_ms or request.netbuffer not in ("auto", body.buffer_asked):
+            raise Refused(
+                "other-settings", f"{body.domain} is protected to {body.peer} with other settings",
+                f"delay {body.delay_ms} ms, buffer {body.buffer_asked}", f"mcft set {body.domain} --delay {request.delay_ms}ms",
+            )  # fmt: skip
+        if body.state == "protected":
+            return "already"
+        raise Refused("busy", f"{body.domain} is {body.state}", body.reason, f"mcft wait {body.domain} --for protected")
+
+    async def protect_now(self, request: api.ProtectRequest, job: JobHandle) -> str:
+        """Look, refuse, set up. Everything before the first step changes nothing."""
+        job.step("look at the domain and at the peer")
+        peer, config = request.to, self.site.config
+        domain = await self.site.host.info(request.domain)
+        theirs = await self.site.ask(peer, "records", model.About(domain.uuid, domain=domain.name), model.Records, 5.0)
+        previous = self.lives.get(domain.uuid)
+        if theirs.running:
+            raise Refused("runs-there", f"{domain.name} runs on {peer} too", "two copies with one identity", f"look at {peer}")
+        highest = await self.site.store.highest_generation(domain.uuid)
+        body = await protection.make_body(self.site, request, generations.first_generation(highest, theirs.highest_g))
+        if previous is not None:
+            body.autostart = body.autostart or previous.body.autostart
+            body.xml = body.xml if body.persistent else previous.body.xml
+        life = Primary(self.site, body, Ledger(body.pid, "primary", body.g))
+        if refusal := await life.engine.unsupported(life.qmp):
+            raise Refused("engine", f"{domain.name} can't be protected", refusal)
+        body.engine = "colo"
+        body.buffer = netbuffer.choose(
+            request.netbuffer if request.netbuffer != "auto" else config.netbuffer, body.nics, plug_available=netbuffer.kernel_has_plug()
+        )  # fmt: skip
+        body.disks = await find_disks(life)
+        await self.site.hook.prove(config.name, domainxml.machine(body.xml))
+        life.on_gone = self._gone
+        self.lives[body.uuid] = life
+        try:
+            await life.protect(job.step)
+        except BaseException:
+            if life.ledger.newest in (None, Kind.PREPARING):
+                self.lives.pop(body.uuid, None)
+                await asyncio.shield(self._back_to(previous, life))
+            raise
+        return f"{body.domain} is protected, its standby is on {peer}"
+
+    async def _back_to(self, previous: Life | None, failed: Primary) -> None:
+        """A protecting that failed leaves what was before: nothing, or a primary without a standby."""
+        if previous is None:
+            await self.site.store.delete(failed.body.uuid)
+            return
+        self.lives[previous.body.uuid] = previous
+        previous.body.role = "primary"
+        await previous.save()
+        if previous.ledger.won:
+            self.site.markers.free(previous.body.uuid)
+
+    async def act(self, domain: str, verb: str, request: api.ActRequest) -> api.JobBody:
+        if verb == "unprotect" and not any(domain in (lf.body.domain, lf.body.uuid) for lf in self.lives.values()):
+            info = await self.site.host.info(domain)
+            return self.jobs.start(verb, info.name, _done("not protected"), request.key)
+        life = self._find(domain)
+        acts = {"unprotect": self._unprotect, "failover": self._failover, "solo": self._solo}
+        running = self.jobs.running(life.body.domain)
+        if verb == "unprotect" and running is not None and running.kind == "protect":
+            self.jobs.cancel(running.id)
+            return running
+
+        async def work(job: JobHandle) -> str:
+            return await acts[verb](life, request, job)
+
+        return self.jobs.start(verb, life.body.domain, work, request.key)
+
+    async def _unprotect(self, life: Life, _request: api.ActRequest, job: JobHandle) -> str:
+        life = self._as_primary(life)
+        await life.unprotect(job.step)
+        return f"{life.body.domain} is not protected any more"
+
+    def _as_primary(self, life: Life) -> Primary:
+        if life.body.role == "standby" or life.body.state == "lost":
+            raise Refused(
+                "not-primary", f"{life.body.domain} is led by {life.body.peer}", f"here it is {life.body.state}",
+                f"run this on {life.body.peer}, or if that host is gone for good: mcft forget {life.body.domain} --local",
+            )  # fmt: skip
+        if isinstance(life, Primary):
+            return life
+        primary = Primary(self.site, life.body, life.ledger)
+        primary.on_gone = self._gone
+        self.lives[life.body.uuid] = primary
+        return primary
+
+    async def _failover(self, life: Life, request: api.ActRequest, job: JobHandle) -> str:
+        if life.body.role == "primary":
+            return await self._as_primary(life).switch(job.step)
+        if not isinstance(life, Standby):
+            raise Refused("not-here", f"{life.body.domain} has no standby here", life.body.reason)
+        job.step(f"ask {life.body.peer} to hand over")
+        try:
+            await self.site.ask(life.body.peer, "switch", self._about(life), model.Answer, 30.0)
+        except Unreachable as error:
+            return await self._claim(life, request, error)
+        return f"{life.body.domain} runs here"
+
+    async def _claim(self, life: Standby, request: api.ActRequest, error: McftError) -> str:
+        """(d): the operator asks, and the primary's agent is silent. Its gate may not be."""
+        status = await life.gate.ask("status")
+        ages = [link["age_ms"] for link in status["links"] if link["age_ms"] is not None]
+        if ages and min(ages) < self.site.config.loss_ms and status["peer"]["qemu"] == "running" and not request.force:
+            raise Refused(
+                "primary-alive", f"{life.body.peer} still sends keepalives though its agent does not answer", str(error),
+                "wait for its agent, or if that host must go: power it off, then mcft failover --force --peer-is-off",
+            )  # fmt: skip
+        if request.force and not request.peer_is_off:
+            raise Refused(
+                "say-off", "a forced failover needs your word that the other host is off", "two copies would run otherwise",
+                "add --peer-is-off",
+            )  # fmt: skip
+        await life.gate.ask("claim")
+        await life.take("the operator asked")
+        return f"{life.body.domain} runs here"
+
+    async def _solo(self, life: Life, request: api.ActRequest, job: JobHandle) -> str:
+        return await self._as_primary(life).solo(force=request.force, peer_is_off=request.peer_is_off)
+
+    async def set(self, domain: str, request: api.SetRequest) -> api.Protection:
+        life = self._as_primary(self._find(domain))
+        if request.delay_ms is not None:
+            if not DELAY_MIN_MS <= request.delay_ms <= DELAY_MAX_MS:
+                raise Usage("bad-delay", f"a delay of {request.delay_ms} ms is out of range", "it must be 10ms to 10s")
+            await life.set_delay(request.delay_ms)
+        return await self._view(life)
+
+    # ---- what the other agent asks ----
+
+    async def peer_call(self, peer_name: str, verb: str, body: bytes) -> bytes:
+        handler = self._verbs.get(verb)
+        if handler is None:
+            raise NotFound("no-such-verb", f"this agent knows no '{verb}'", "the other agent is newer")
+        return model.encode(await handler(peer_name, body))
+
+    def hello(self) -> bytes:
+        """What this agent says of itself."""
+        from mcft.agent.hook import boot_id
+
+        versions = self.site.versions
+        return model.encode(
+            model.Hello(self.site.config.name, versions.get("mcft", ""), versions.get("qemu", ""), versions.get("libvirt", ""), boot_id())
+        )  # fmt: skip
+
+    async def _hello(self, _peer: str, _body: bytes) -> msgspec.Struct:
+        return msgspec.json.decode(self.hello(), type=model.Hello)
+
+    async def _records(self, _peer: str, body: bytes) -> msgspec.Struct:
+        about = msgspec.json.decode(body, type=model.About)
+        info = await self.site.host.find(about.uuid)
+        life = self.lives.get(about.uuid)
+        known = life.known(host_running=False) if life else model.Records(self.site.config.name, about.uuid)
+        running = info is not None and info.running and (life is None or life.body.role == "primary")
+        highest = await self.site.store.highest_generation(about.uuid)
+        return msgspec.structs.replace(
+            known, highest_g=highest, running=running, defined=info is not None and info.persistent, protections=len(self.lives)
+        )
+
+    async def _state(self, _peer: str, body: bytes) -> msgspec.Struct:
+        about = msgspec.json.decode(body, type=model.About)
+        return await self._known(about)
+
+    async def _known(self, about: model.About) -> model.Records:
+        """This side's records of that very instance, from memory or from the store."""
+        life = self.lives.get(about.uuid)
+        if life is not None and (not about.pid or life.body.pid == about.pid):
+            return life.known(host_running=life.qemu_alive())
+        rows = [r for r in await self.site.store.records(about.uuid, about.pid)] if about.pid else []
+        if not rows or life is not None:
+            return model.Records(self.site.config.name, about.uuid)
+        side = rows[0].side
+        return model.Records(
+            self.site.config.name, about.uuid, 0, about.pid, about.g, side, "unprotected", [(side, r.g, r.kind) for r in rows]
+        )
+
+    def _instance(self, peer: str, body: bytes) -> tuple[model.About, Standby]:
+        about = msgspec.json.decode(body, type=model.About)
+        life = self.lives.get(about.uuid)
+        if not isinstance(life, Standby) or life.body.pid != about.pid or life.body.peer != peer:
+            raise NotFound("no-such-instance", f"{self.site.config.name} holds no standby of this instance of {about.domain}")
+        return about, life
+
+    async def _prepare(self, peer: str, body: bytes) -> msgspec.Struct:
+        request = msgspec.json.decode(body, type=model.Prepare)
+        life = self.lives.get(request.uuid)
+        if isinstance(life, Standby) and life.body.pid == request.pid:
+            return await life.prepare()
+        await self._may_receive(peer, request, life)
+        highest = await self.site.store.highest_generation(request.uuid)
+        if request.g <= highest:
+            raise Refused("old-generation", f"generation {request.g} of {request.domain} is not newer than {highest} here")
+        await self.site.hook.prove(self.site.config.name, domainxml.machine(request.persistent_xml))
+        made = standby.make_body(request, self.site.config, peer)
+        port = self.site.take_port(self.site.config.listen_addresses[0], udp=True)
+        made.links = [msgspec.structs.replace(link, local_port=port) for link in made.links]
+        fresh = self._alive(made, Ledger(made.pid, "standby", made.g))
+        assert isinstance(fresh, Standby)
+        fresh.request = request
+        try:
+            return await fresh.prepare()
+        except BaseException:
+            if self.lives.get(request.uuid) is fresh:
+                self._gone(fresh)
+                if life is not None:
+                    self.lives[request.uuid] = life
+                    await life.save()
+                    self.site.markers.ban(request.uuid, "restored after a failed protect")
+            raise
+
+    async def _may_receive(self, peer: str, request: model.Prepare, life: Life | None) -> None:
+        name = self.site.config.name
+        if life is not None and not (life.body.state in ("lost", "stopped", "unprotected") and not life.qemu_alive()):
+            raise Refused("busy-there", f"{name} has a protection of {request.domain} of its own", f"it is {life.body.state} there")
+        info = await self.site.host.find(request.uuid)
+        if info is not None and info.running:
+            raise Refused("runs-there", f"{request.domain} runs on {name}", "a standby must not", f"on {name}: virsh list")
+        other = await self.site.host.find(request.domain)
+        if other is not None and other.uuid != request.uuid:
+            raise Refused("name-taken", f"{name} has another domain named {request.domain}", f"its uuid is {other.uuid}")
+
+    async def _arm(self, peer: str, body: bytes) -> msgspec.Struct:
+        _, life = self._instance(peer, body)
+        return await life.arm()
+
+    async def _give_up(self, peer: str, body: bytes) -> msgspec.Struct:
+        about = msgspec.json.decode(body, type=model.About)
+        life = self.lives.get(about.uuid)
+        if isinstance(life, Standby) and life.body.pid == about.pid and life.body.peer == peer:
+            await life.give_up()
+        return await self._known(about)
+
+    async def _take(self, peer: str, body: bytes) -> msgspec.Struct:
+        """The primary has resigned, its gate is closed and its guest stands."""
+        about, life = self._instance(peer, body) if self._holds(body) else (msgspec.json.decode(body, type=model.About), None)
+        if life is not None and life.ledger.newest is Kind.ARMED:
+            await life.gate.ask("claim")
+            life._begin_take_planned()
+        return await self._known(about)
+
+    def _holds(self, body: bytes) -> bool:
+        about = msgspec.json.decode(body, type=model.About)
+        life = self.lives.get(about.uuid)
+        return isinstance(life, Standby) and life.body.pid == about.pid
+
+    async def _ended(self, peer: str, body: bytes) -> msgspec.Struct:
+        about = msgspec.json.decode(body, type=model.About)
+        if not self._holds(body):
+            return model.Answer("")
+        _, life = self._instance(peer, body)
+        return await life.ended(about.detail or "the guest was ended")
+
+    async def _discard(self, peer: str, body: bytes) -> msgspec.Struct:
+        about = msgspec.json.decode(body, type=model.About)
+        life = self.lives.get(about.uuid)
+        if life is None or life.body.peer != peer:
+            return model.Answer("")
+        if isinstance(life, Standby) and life.body.pid == about.pid:
+            await life.discard()
+        elif life.body.state not in ("lost", "stopped"):
+            return model.Answer("")
+        else:
+            self.site.markers.forget(about.uuid)
+            await self.site.store.delete(about.uuid)
+        self._gone(life)
+        return model.Answer("")
+
+    async def _switch(self, peer: str, body: bytes) -> msgspec.Struct:
+        about = msgspec.json.decode(body, type=model.About)
+        life = self.lives.get(about.uuid)
+        if life is None or life.body.pid != about.pid or not isinstance(life, Primary):
+            raise NotFound("no-such-instance", f"{self.site.config.name} does not lead this instance of {about.domain}")
+        leader = life
+
+        async def work(job: JobHandle) -> str:
+            return await leader.switch(job.step)
+
+        job = self.jobs.start("failover", leader.body.domain, work, f"switch-{about.pid}")
+        while job.state == "running":
+            job = await self.jobs.wait(job.id, 5.0)
+        if job.error is not None:
+            api.raise_error(job.error)
+        return model.Answer("taken", about.g)
+
+    # ---- libvirt's events, and protecting again ----
+
+    def lifecycle(self, uuid: str, event: str, detail: int) -> None:
+        """Called on the loop for every domain of this host."""
+        life = self.lives.get(uuid)
+        if life is None:
+            return
+        if isinstance(life, Primary):
+            life.lifecycle(event, detail)
+        if event == "started" and life.body.role == "primary" and life.body.state == "stopped":
+            life.body.next_try_boottime_ms = 0.0
+            life.to_state("unprotected", "started again")
+
+    async def again(self) -> None:
+        """For ever: protect again what has lost its standby, under the protocol's conditions."""
+        while True:
+            await asyncio.sleep(AGAIN_EVERY_S)
+            for life in list(self.lives.values()):
+                try:
+                    await self._maybe_again(life)
+                except McftError as error:
+                    log.info("%s: not protected again yet: %s", life.body.domain, error)
+
+    async def _maybe_again(self, life: Life) -> None:
+        body, config = life.body, self.site.config
+        if body.role != "primary" or body.state not in ("solo", "active", "unprotected") or body.manual or body.overlays_g:
+            return
+        if not config.auto_protect or self.site.maintenance or self.jobs.running(body.domain) or boottime_ms() < body.next_try_boottime_ms:
+            return
+        if body.state != "unprotected" and not life.ledger.spoken:
+            return
+        since = self.site.peer(body.peer).reachable_since
+        wait_ms = config.reprotect_after_restart_ms if body.quick_return else config.reprotect_after_ms
+        if body.state == "unprotected":
+            wait_ms = 0
+        if since is None or boottime_ms() - since * 1000 < wait_ms or boottime_ms() - body.next_try_boottime_ms < wait_ms:
+            return
+        theirs = await self.site.ask(body.peer, "records", self._about(life), model.Records, 3.0)
+        if theirs.running or theirs.qemu_alive or theirs.state not in ("", "lost", "stopped", "unprotected"):
+            return
+        request = api.ProtectRequest(
+            body.domain, body.peer, body.delay_ms, body.engine_asked, body.buffer_asked, body.disk_paths, body.overwrite
+        )
+
+        async def work(job: JobHandle) -> str:
+            return await self._again(life, request, job)
+
+        life.event("again", f"protecting again to {body.peer}")
+        self.jobs.start("protect", body.domain, work)
+
+    async def _again(self, life: Life, request: api.ProtectRequest, job: JobHandle) -> str:
+        try:
+            return await self.protect_now(request, job)
+        except McftError as error:
+            body = life.body
+            body.failures += 1
+            body.next_try_boottime_ms = boottime_ms() + min(60_000 * 2 ** (body.failures - 1), 3_600_000)
+            if body.failures >= MAX_FAILURES:
+                body.manual = f"protecting again failed {body.failures} times: {error}"
+                life.to_state("failed", body.manual)
+            await life.save()
+            life.event("again", f"protecting again failed: {error}", "warning")
+            raise
+
+
+def _done(text: str) -> Callable[[JobHandle], Awaitable[str]]:
+    async def work(_job: JobHandle) -> str:
+        return text
+
+    return work
+
+
+async def find_disks(life: Primary) -> list[Disk]:
+    """The running domain's writable disks as QEMU has them. Raises: Refused."""
+    found = []
+    for disk in domainxml.disks(await life.site.host.xml(life.body.uuid)):
+        drive = await diskreplica.drive_of(life.qmp, disk.alias)
+        if drive is None:
+            raise Refused("disk-not-protectable", f"disk {disk.target} has no medium", "", "detach it")
+        qom, inserted = drive
+        node = inserted["node-name"]
+        if not node or node.startswith("mcft-"):
+            raise Refused(
+                "disk-busy", f"disk {disk.target} still carries a node of mcft's ({node})", "an earlier protection left it",
+                f"mcft forget {life.body.domain} --local",
+            )  # fmt: skip
+        direct = bool(inserted.get("cache", {}).get("direct"))
+        found.append(Disk(disk.target, qom, node, inserted["image"]["virtual-size"], disk.path, disk.format, direct))
+    return found

@@ -1,0 +1,80 @@
+"""A protection as people and scripts see it: body, records and the gate's word, put into `api.Protection`. Pure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mcft import api
+from mcft.agent.model import Body
+from mcft.generations import Ledger
+
+FLOWING = ("protected", "solo", "active", "unprotected", "preparing", "syncing", "resyncing")
+
+
+def next_step(body: Body) -> str | None:
+    """One line of what to type in this state; None where there is nothing to do."""
+    vm, peer = body.domain, body.peer
+    return {
+        "muted": f"if {peer} is certainly off: mcft solo {vm} --peer-is-off; otherwise bring {peer} or its link back",
+        "solo": f"mcft protect {vm} --to {peer} (by itself once {peer} answers for long enough)",
+        "active": f"mcft protect {vm} --to {peer} (by itself once {peer} answers for long enough)",
+        "lost": f"{vm} is {peer}'s now; to make this host its standby, there: mcft protect {vm} --to THIS-HOST",
+        "stopped": f"virsh start {vm} (it is protected again by itself), or mcft unprotect {vm}",
+        "failed": f"mcft events {vm}; then mcft protect {vm} --to {peer} or mcft unprotect {vm}",
+        "unprotected": f"mcft protect {vm} --to {peer}",
+    }.get(body.state)
+
+
+def protection(
+    body: Body, ledger: Ledger, gate: dict[str, Any], job: api.JobBody | None, last: api.EventBody | None,
+    versions: dict[str, str], guest_running: bool,
+) -> api.Protection:  # fmt: skip
+    """gate: the gate's `status`, or {} if there is none or it does not answer."""
+    primary = body.role == "primary"
+    g = body.g + 1 if ledger.spoken else body.g
+    whole = body.state == "protected" and not gate.get("disk_error") and gate.get("verdict") is None
+    following = whole and bool(gate) and (gate.get("lease") if primary else gate.get("loads", 0) > 0)
+    unsafe = ["output leaves unbuffered (--netbuffer none)"] if primary and body.buffer_asked == "none" else []
+    reason = body.reason or None
+    if body.state == "protected" and not gate:
+        reason = "the gate does not answer; systemd restarts it"
+    return api.Protection(
+        domain=body.domain, uuid=body.uuid, instance=body.pid, role=body.role, peer=body.peer, engine=body.engine,
+        state=body.state, reason=reason, next_step=next_step(body), guest_running=guest_running,
+        output_flowing=primary and guest_running and body.state in FLOWING and (body.state != "protected" or bool(gate.get("lease"))),
+        survives_host_loss=bool(following) and not unsafe, unsafe=unsafe, generation=g, tls=False, delay_ms=body.delay_ms,
+        since=body.since, checkpoints=_checkpoints(gate), network=_network(body, gate), disks=_disks(body, gate),
+        keepalive=[api.LinkStatus("udp", l["link"], _rounded(l["age_ms"]), l["missed"]) for l in gate.get("links", [])],
+        versions=api.Versions(versions.get("mcft", ""), versions.get("qemu", ""), versions.get("libvirt", ""), body.peer_versions),
+        job=job, last_event=last,
+    )  # fmt: skip
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 1)
+
+
+def _checkpoints(gate: dict[str, Any]) -> api.Checkpoints:
+    if gate.get("role") == "standby":
+        return api.Checkpoints(acknowledged=gate["loads"], last_ack_age_ms=gate["last_load_age_ms"] if gate["loads"] else None)
+    if not gate:
+        return api.Checkpoints()
+    return api.Checkpoints(
+        gate["acknowledged"], gate["rate_hz"], gate["last_ack_age_ms"], api.Quantiles(**gate["pause_ms"])
+    )  # fmt: skip
+
+
+def _network(body: Body, gate: dict[str, Any]) -> api.Network:
+    if "nics" not in gate:
+        return api.Network(buffer=body.buffer, nics=[api.NicStatus(n.target) for n in body.nics])
+    return api.Network(
+        gate["buffer"], gate["released_epochs"], gate["merged_epochs"], api.Quantiles(**gate["hold_ms"]),
+        [api.NicStatus(**nic) for nic in gate["nics"]],
+    )  # fmt: skip
+
+
+def _disks(body: Body, gate: dict[str, Any]) -> list[api.DiskStatus]:
+    word = {"protected": "replicating", "syncing": "copying", "preparing": "waiting", "muted": "held"}.get(body.state, "alone")
+    return [api.DiskStatus(d.target, "error" if gate.get("disk_error") else word) for d in body.disks]
+
+
