@@ -77,7 +77,7 @@ class FakeCore:
         self.hold: asyncio.Event | None = None
         self.error: Exception | None = None
 
-    def status(self, domain: str | None) -> api.Status:
+    async def status(self, domain: str | None) -> api.Status:
         if domain not in (None, "vm1"):
             raise NotFound("no-such-protection", f"{domain} is not protected")
         return api.Status(self.name)
