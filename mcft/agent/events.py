@@ -94,9 +94,7 @@ class EventLog:
         """The newest event of a domain, None if none is known."""
         return self._last.get(domain)
 
-    async def wait(
-        self, after: int = 0, domain: str | None = None, wait_s: float = 0.0
-    ) -> list[api.EventBody]:
+    async def wait(self, after: int = 0, domain: str | None = None, wait_s: float = 0.0) -> list[api.EventBody]:
         """The newest events (at most 1,000) with an id above `after` (of one domain), oldest first.
 
         With none yet it waits up to `wait_s` seconds for the first; [] when that time is over. An `after`
@@ -190,9 +188,7 @@ class EventFile:
         )
 
         def work() -> list[api.EventBody]:
-            return [
-                api.EventBody(*row) for row in reversed(db.execute(sql, (after, domain, limit)).fetchall())
-            ]
+            return [api.EventBody(*row) for row in reversed(db.execute(sql, (after, domain, limit)).fetchall())]
 
         return await self._run(work, [])
 

@@ -95,9 +95,7 @@ class Server:
             return
         config, names = self.config, _names(request)
         if not {name.lower() for name in config.operators or config.peers} & set(names):
-            raise _Forbidden(
-                "not-an-operator", f"{config.name} has no operator named {_list(names)}", *_NAMES
-            )
+            raise _Forbidden("not-an-operator", f"{config.name} has no operator named {_list(names)}", *_NAMES)
 
     def _peer(self, request: web.Request) -> str:
         """The configured peer whose certificate this is. Raises Refused("peer-untrusted")."""

@@ -30,8 +30,7 @@ T = TypeVar("T")
 
 _INSERT = "INSERT OR IGNORE INTO record(uuid, pid, g, side, kind, time, detail) VALUES (?,?,?,?,?,?,?)"
 _RAISE_GENERATION = (
-    "INSERT INTO generation VALUES (?, ?)"
-    " ON CONFLICT(uuid) DO UPDATE SET highest = max(highest, excluded.highest)"
+    "INSERT INTO generation VALUES (?, ?) ON CONFLICT(uuid) DO UPDATE SET highest = max(highest, excluded.highest)"
 )
 
 
@@ -169,9 +168,7 @@ class Store:
         """Keep events (the newest 5,000 of all). False if they had to be dropped; never raises."""
         return await self._events.add(events)
 
-    async def events(
-        self, domain: str | None = None, after: int = 0, limit: int = 1000
-    ) -> list[api.EventBody]:
+    async def events(self, domain: str | None = None, after: int = 0, limit: int = 1000) -> list[api.EventBody]:
         """The newest `limit` events with an id above `after` (of one domain), oldest first; never raises."""
         return await self._events.read(domain, after, limit)
 
@@ -201,12 +198,8 @@ class Store:
             self.broken = reason
             return storefile.damaged(self.path, reason)
         if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-            return Refused(
-                "store-locked", f"another mcft has {self.path} open", reason, "stop that one first"
-            )
-        return Failed(
-            "store-write", f"no record could be written to {self.path}", reason, "make space on that disk"
-        )
+            return Refused("store-locked", f"another mcft has {self.path} open", reason, "stop that one first")
+        return Failed("store-write", f"no record could be written to {self.path}", reason, "make space on that disk")
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:

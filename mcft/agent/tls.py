@@ -81,9 +81,7 @@ def _readable(path: Path) -> None:
     except (FileNotFoundError, NotADirectoryError):
         raise Refused("pki-missing", f"{path} does not exist", "agents talk over TLS only", _HOW) from None
     except OSError as error:
-        raise Failed(
-            "pki-unusable", f"{path} cannot be read", str(error), "make it readable for root"
-        ) from error
+        raise Failed("pki-unusable", f"{path} cannot be read", str(error), "make it readable for root") from error
 
 
 def _unusable(path: Path, error: Exception, detail: str = "") -> McftError:

@@ -56,9 +56,7 @@ def config(tmp_path: Path, pki_dir: Path, name: str = "host1", **fields: object)
 class FakeStore:
     """A store without a disk, for the journal."""
 
-    async def events(
-        self, domain: str | None = None, after: int = 0, limit: int = 1000
-    ) -> list[api.EventBody]:
+    async def events(self, domain: str | None = None, after: int = 0, limit: int = 1000) -> list[api.EventBody]:
         return []
 
     async def add_event(self, *events: api.EventBody) -> bool:

@@ -232,9 +232,7 @@ async def test_a_slow_answer_is_waited_for(lab: Lab, monkeypatch: pytest.MonkeyP
 
 async def test_the_servers_name_must_be_the_peers(lab: Lab) -> None:
     """A certificate of the same CA, of another host, on the peer's address."""
-    imposter = config(
-        lab.tmp, lab.pki.host("host3"), "host3", peers={"host1": Peer("host1", ("127.0.0.1",), 1)}
-    )
+    imposter = config(lab.tmp, lab.pki.host("host3"), "host3", peers={"host1": Peer("host1", ("127.0.0.1",), 1)})
     server = Server(imposter, FakeCore("host3"))
     await server.start()
     lab.port = server.ports[0]
@@ -263,9 +261,7 @@ async def test_being_no_peer_there_is_said(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
-async def test_our_certificate_refused_is_said(
-    lab: Lab, version: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_our_certificate_refused_is_said(lab: Lab, version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """We trust the peer's CA, and it does not trust the one of our client certificate."""
     home = lab.pki.host("mixed")
     foreign = Pki(lab.tmp / "foreign").host("host1")

@@ -43,9 +43,7 @@ async def scene(tmp_path: Path, limits: Limits) -> AsyncIterator[SimpleNamespace
     sessions: list[aiohttp.ClientSession] = []
 
     def local() -> aiohttp.ClientSession:
-        sessions.append(
-            aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(server.config.socket_path)))
-        )
+        sessions.append(aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(server.config.socket_path))))
         return sessions[-1]
 
     def remote(context: ssl.SSLContext) -> aiohttp.ClientSession:
@@ -55,13 +53,9 @@ async def scene(tmp_path: Path, limits: Limits) -> AsyncIterator[SimpleNamespace
     async def raw(context: ssl.SSLContext | None = None) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         if context is None:
             return await asyncio.open_unix_connection(server.config.socket_path)
-        return await asyncio.open_connection(
-            "127.0.0.1", server.ports[0], ssl=context, server_hostname="host1"
-        )
+        return await asyncio.open_connection("127.0.0.1", server.ports[0], ssl=context, server_hostname="host1")
 
-    yield SimpleNamespace(
-        server=server, core=core, pki=pki, local=local, remote=remote, raw=raw, tmp=tmp_path
-    )
+    yield SimpleNamespace(server=server, core=core, pki=pki, local=local, remote=remote, raw=raw, tmp=tmp_path)
     for session in sessions:
         await session.close()
     if core.hold:
@@ -75,9 +69,7 @@ async def ask(session: aiohttp.ClientSession, method: str, path: str, **kwargs: 
         return answer.status, json.loads(await answer.read())
 
 
-async def ask_tls(
-    scene: SimpleNamespace, name: str, method: str, path: str, **kwargs: Any
-) -> tuple[int, Any]:
+async def ask_tls(scene: SimpleNamespace, name: str, method: str, path: str, **kwargs: Any) -> tuple[int, Any]:
     session = scene.remote(client_tls(scene.pki.host(name)))
     url = f"https://127.0.0.1:{scene.server.ports[0]}{path}"
     async with session.request(method, url, server_hostname="host1", **kwargs) as answer:
@@ -101,9 +93,7 @@ async def test_operators_routes(scene: SimpleNamespace) -> None:
     http = scene.local()
     assert (await ask(http, "GET", "/v1/status?domain=vm1"))[0] == 200
     assert (await ask(http, "GET", "/v1/peers"))[1] == {"host": "host1", "peers": []}
-    status, job = await ask(
-        http, "POST", "/v1/protections", json={"domain": "vm1", "to": "host2", "key": "k"}
-    )
+    status, job = await ask(http, "POST", "/v1/protections", json={"domain": "vm1", "to": "host2", "key": "k"})
     assert (status, job["kind"], job["domain"]) == (200, "protect", "vm1")
     assert (await ask(http, "GET", f"/v1/jobs/{job['id']}?wait_s=5"))[1]["state"] == "done"
     for verb in ("unprotect", "failover", "solo"):
@@ -180,13 +170,9 @@ async def test_bad_requests_are_refused_in_words(
         (TimeoutError(), 500, "internal"),
     ],
 )
-async def test_the_cores_errors_are_carried(
-    scene: SimpleNamespace, error: Exception, status: int, code: str
-) -> None:
+async def test_the_cores_errors_are_carried(scene: SimpleNamespace, error: Exception, status: int, code: str) -> None:
     scene.core.error = error
-    answered, body = await ask(
-        scene.local(), "POST", "/v1/protections", json={"domain": "vm1", "to": "host2"}
-    )
+    answered, body = await ask(scene.local(), "POST", "/v1/protections", json={"domain": "vm1", "to": "host2"})
     assert (answered, body["code"]) == (status, code)
     assert await lives(scene)
 
@@ -319,9 +305,7 @@ async def test_certificates_of_nobody_and_of_another_ca_do_not_get_in(scene: Sim
     for context in (client_tls(home, with_certificate=False), foreign, old):
         session = scene.remote(context)
         with pytest.raises(aiohttp.ClientError):
-            await session.post(
-                f"https://127.0.0.1:{scene.server.ports[0]}/v1/peer/arm", server_hostname="host1"
-            )
+            await session.post(f"https://127.0.0.1:{scene.server.ports[0]}/v1/peer/arm", server_hostname="host1")
     assert scene.core.peer_calls == []
     assert await lives(scene)
 

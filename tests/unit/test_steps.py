@@ -127,9 +127,7 @@ async def test_taking_it_down_is_the_list_backwards() -> None:
     assert log[-2:] == ["-b", "-a"]
 
 
-@pytest.mark.parametrize(
-    ("moment", "expected"), [("before", ["+a", "-b", "-a"]), ("after", ["+a", "+b", "-b", "-a"])]
-)
+@pytest.mark.parametrize(("moment", "expected"), [("before", ["+a", "-b", "-a"]), ("after", ["+a", "+b", "-b", "-a"])])
 async def test_faults_can_be_injected(moment: str, expected: Log, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MCFT_FAIL_STEP", f"b:{moment}")
     log: Log = []
