@@ -1,8 +1,8 @@
 # shellcheck shell=bash
 # One host: its files, its disks, its start and its sudden end.
 
-CG=$(cgroup_root)/mcft-lab    # every process of the lab is below it from its first instruction on
-hdir() { echo "$CACHE/hosts/$1"; } # what is on the host's disk: overlay, images, agent's store
+CG=$(cgroup_root)/mcft-lab$INSTANCE    # every process of the lab is below it from its first instruction on
+hdir() { echo "$CACHE/hosts$INSTANCE/$1"; } # what is on the host's disk: overlay, images, agent's store
 
 # Units that have nothing to do in a lab host, or would touch the machine.
 MASKED="systemd-udevd.service systemd-udevd-control.socket systemd-udevd-kernel.socket systemd-udev-trigger.service
@@ -71,7 +71,7 @@ host_units() {
 host_disk_new() {
     local d
     d=$(hdir "$1")
-    rm -rf "$d" && mkdir -p "$d"/{upper,work,root,images} "$CACHE/libvirt/$1" "$CACHE/pyc"
+    rm -rf "$d" && mkdir -p "$d"/{upper,work,root,images} "$CACHE/libvirt$INSTANCE/$1" "$CACHE/pyc"
     chmod 711 "$d/images" && chmod 755 "$d/upper"
     is_host "$1" && cp --sparse=always "$CACHE/store.img" "$d/store.img"
     return 0
@@ -92,7 +92,7 @@ host_start() {
     if is_host "$n"; then store_mount "$n"; fi
     (
         echo $BASHPID > "$CG/$n/cgroup.procs"
-        exec 9>&- setsid nsenter --net="/run/netns/mcft-$n" unshare --mount --uts --ipc --cgroup --pid --fork bash "$LAB/hostinit.sh" "$n"
+        exec 9>&- setsid nsenter --net="/run/netns/$NS$n" unshare --mount --uts --ipc --cgroup --pid --fork bash "$LAB/hostinit.sh" "$n"
     ) < /dev/null > "$STATE/$n/console" 2>&1 &
     spawner=$!
     wait_for 10 "the first process of $n" host_rooted "$n" $spawner || die "$n did not start: $(tail -1 "$STATE/$n/console")"

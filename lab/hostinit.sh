@@ -41,7 +41,7 @@ if is_host "$n"; then
     mount --bind "$CACHE/guest" "$r/var/lib/mcft-guest" && mount -o remount,bind,ro "$r/var/lib/mcft-guest"
     mount --bind "$STATE/$n/store" "$r/var/lib/mcft"
     mount --bind images "$r/var/lib/libvirt/images"
-    mount --bind "$CACHE/libvirt/$n" "$r/var/cache/libvirt"
+    mount --bind "$CACHE/libvirt$INSTANCE/$n" "$r/var/cache/libvirt"
 fi
 host_files "$n" "$r"
 : > "$r/run/mcft-lab-host"

@@ -5,7 +5,11 @@ LAB=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 REPO=$(dirname "$LAB")
 CACHE=$LAB/.cache            # the one folder that outlives the lab (git-ignored)
 TREE=$CACHE/tree             # the Debian system that every host's root is an overlay of
-STATE=/run/mcft-lab          # what exists only while the lab is up
+# MCFT_LAB names another lab beside the usual one: its own namespaces, processes and hosts' disks; the rest of the cache is shared.
+INSTANCE=${MCFT_LAB:+-$MCFT_LAB}
+case $INSTANCE in *[!a-z0-9-]* | -?????????*) echo "lab: MCFT_LAB must be at most 8 of a-z0-9" >&2; exit 2 ;; esac
+STATE=/run/mcft-lab$INSTANCE # what exists only while the lab is up
+NS=mcft$INSTANCE-            # its namespaces' names begin with this
 HOSTS="h1 h2"                # these run systemd, libvirtd and the agent
 PLAIN="cl arb sw"            # these run nothing but what `lab run` starts there
 ALL="$HOSTS $PLAIN"

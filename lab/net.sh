@@ -1,14 +1,14 @@
 # shellcheck shell=bash
-# The network: namespace mcft-sw holds two bridges (LAN and replication), every other one hangs on them by veth pairs.
+# The network: namespace mcft-sw (mcft-NAME-sw) holds two bridges (LAN and replication), every other one hangs on them by veth pairs.
 #
 #   h1: lan0 in br0 (10.77.0.1), rep0 (10.99.0.1)     h2: the same with .2     cl: lan0 (10.77.0.100)
 #   arb: lan0 (10.77.0.200), rep0 (10.99.0.200)       sw: ports h1-lan, h1-rep, h2-lan, …
 
-SW=mcft-sw
+SW=${NS}sw
 
 # In the namespace itself: loopback up, no IPv6 (its discovery traffic only blurs captures).
 quiet_ns() {
-    nsenter --net="/run/netns/mcft-$1" sh -c 'echo 1 > /proc/sys/net/ipv6/conf/all/disable_ipv6
+    nsenter --net="/run/netns/$NS$1" sh -c 'echo 1 > /proc/sys/net/ipv6/conf/all/disable_ipv6
         echo 1 > /proc/sys/net/ipv6/conf/default/disable_ipv6; exec ip link set lo up' 2>/dev/null || :
 }
 
@@ -23,7 +23,7 @@ link set br-rep up"
 
 # The far side of each pair is made inside the new namespace at once: nothing of it ever shows in the machine's own.
 net_host_up() {
-    local h=$1 lan rep ns=mcft-$1
+    local h=$1 lan rep ns=$NS$1
     [ "$h" = sw ] && return
     lan=$(lan_ip "$h") rep=$(rep_ip "$h")
     ip netns add "$ns"
@@ -58,7 +58,7 @@ net_host_down() {
     if [ -e /run/netns/$SW ]; then
         for l in "$1-lan" "$1-rep"; do ip -n $SW link del "$l" 2>/dev/null || :; done
     fi
-    [ ! -e "/run/netns/mcft-$1" ] || ip netns del "mcft-$1" 2>/dev/null || rm -f "/run/netns/mcft-$1"
+    [ ! -e "/run/netns/$NS$1" ] || ip netns del "$NS$1" 2>/dev/null || rm -f "/run/netns/$NS$1"
 }
 
 # Cut LINKS…: those switch ports forward nothing from the moment this returns; the host sees nothing of it.

@@ -1,11 +1,37 @@
 # shellcheck shell=bash
 # Up, down, status, install.
 
-# One `up` or `down` at a time. The lock is in the cache, as it must outlive the lab; hosts do not inherit it.
+# One `up` or `down` of an instance at a time. The lock is in the cache, as it must outlive the lab; hosts do not inherit it.
 take_lock() {
     mkdir -p "$CACHE"
-    exec 9> "$CACHE/lock"
+    exec 9> "$CACHE/lock$INSTANCE"
     flock -w "${1:-0}" 9 || die "another 'lab/lab up' or 'down' is running"
+}
+
+# What all instances share is built by one at a time, and the tree never under the hosts that another one runs on it.
+build_shared() {
+    local other
+    exec 8> "$CACHE/lock.build"
+    flock -w 600 8 || die "another instance has been building for 10 minutes"
+    machine_packages
+    if other=$(others_up); then
+        say "instance $other uses the tree and the venv: they stay as they are"
+    else
+        build_tree
+        build_venv
+    fi
+    build_pki
+    build_guest
+    build_small
+    exec 8>&-
+}
+
+others_up() {
+    local s
+    for s in /run/mcft-lab /run/mcft-lab-*; do
+        [ "$s" = "$STATE" ] || [ ! -d "$s" ] || { echo "${s#/run/}"; return 0; }
+    done
+    return 1
 }
 
 lab_up() {
@@ -17,12 +43,7 @@ lab_up() {
         return 0
     fi
     tear_down # what a broken lab may have left
-    machine_packages
-    build_tree
-    build_venv
-    build_pki
-    build_guest
-    build_small
+    build_shared
     say "network and hosts"
     mkdir -p "$STATE/links" "$CG"
     net_switch_up
@@ -109,6 +130,6 @@ lab_install() {
         mcft_files "$h" "/proc/$pid/root"
         host_units "/proc/$pid/root"
         lab_run "$h" -- systemctl daemon-reload
-        [ ! -e "$REPO/packaging/mcft-agent.service" ] || lab_run "$h" -- systemctl start --no-block mcft-agent.service
+        [ ! -e "$REPO/packaging/mcft-agent.service" ] || lab_run "$h" -- systemctl restart mcft-agent.service
     done
 }

@@ -65,6 +65,8 @@ class Core:
             life = self._alive(body, ledger)
             for link in body.links:
                 self.site.ports_taken.add(link.local_port)
+            if body.links and life.ledger.newest not in (Kind.LOST, Kind.ENDED, Kind.GIVEN_UP):
+                self.site.route_users.setdefault(body.links[0].peer, set()).add(body.uuid)
             self.site.ports_taken |= {body.mig_port, body.nbd_port} if body.role == "standby" else set()
             self.site.spawn(self._adopt(life), f"adopt {body.domain}")
 

@@ -56,7 +56,7 @@ class Body(msgspec.Struct):
     next_try_boottime_ms: float = 0.0
     quick_return: bool = False  # the standby was lost by a bare restart of its QEMU or link
     peer_versions: dict[str, str] = {}
-    intended_end: str = ""
+    route_changed: bool = False  # mcft set `quickack` on the route to the peer
 
 
 class Hello(msgspec.Struct, frozen=True):

@@ -102,9 +102,11 @@ def _route_to(ip: Any, address: str) -> Any:
     return best
 
 
-def _quickack_of(route: Any) -> int:
+def _metrics_of(route: Any) -> dict[str, int]:
+    """{"quickack": 1, "mtu": 9000, …} of a route, as `IPRoute.route` takes them."""
     metrics = route.get_attr("RTA_METRICS")
-    return int((metrics.get_attr("RTAX_QUICKACK") if metrics is not None else 0) or 0)
+    attributes = metrics["attrs"] if metrics is not None else []
+    return {name.removeprefix("RTAX_").lower(): value for name, value in attributes if isinstance(value, int)}
 
 
 async def set_quickack(address: str, on: bool) -> bool:
@@ -114,7 +116,8 @@ async def set_quickack(address: str, on: bool) -> bool:
 
     def work(ip: Any) -> bool:
         route = _route_to(ip, address)
-        if route is None or bool(_quickack_of(route)) == on:
+        metrics = {} if route is None else _metrics_of(route)
+        if route is None or bool(metrics.pop("quickack", 0)) == on:
             return False
         fields = {
             "dst": f"{route.get_attr('RTA_DST')}/{route['dst_len']}",
@@ -128,7 +131,9 @@ async def set_quickack(address: str, on: bool) -> bool:
             if route.get_attr(attribute) is not None:
                 fields[name] = route.get_attr(attribute)
         if on:
-            fields["metrics"] = {"attrs": [("RTAX_QUICKACK", 1)]}
+            metrics["quickack"] = 1
+        if metrics:
+            fields["metrics"] = metrics
         ip.route("replace", **fields)
         return True
 

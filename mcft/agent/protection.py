@@ -47,7 +47,7 @@ class Primary(Life):
             Step("ban unguarded starts", Primary._ban, Primary._unban),
             Step("prepare the standby", Primary._prepare_standby, Primary._discard_standby, undo_timeout_s=60.0),
             Step("add the monitor", Primary._add_monitor, Primary._remove_monitor),
-            Step("quick acknowledgements", Primary._quickack, Primary._unquickack),
+            Step("quick acknowledgements", Primary.set_quickack, Primary.clear_quickack),
             Step("start the gate", Primary._start_gate, Primary._end_gate),
             Step("attach the network buffer", Primary._attach, Primary._detach),
             Step("put quorum over the disks", Primary._interpose, Primary._restore_disks),
@@ -124,13 +124,6 @@ class Primary(Life):
 
     async def _qemu_here(self) -> bool:
         return self.qemu_alive() and (await self.site.host.info(self.body.uuid)).running
-
-    async def _quickack(self) -> None:
-        await network.set_quickack(self.body.links[0].peer, True)
-
-    async def _unquickack(self) -> None:
-        if self.body.links:
-            await network.set_quickack(self.body.links[0].peer, False)
 
     async def _start_gate(self) -> None:
         body, config = self.body, self.site.config
@@ -374,7 +367,7 @@ class Primary(Life):
 
     async def _clean_up_dead(self) -> None:
         await self.gate.end()
-        await self._unquickack()
+        await self.clear_quickack()
         await self._remove_monitor()
 
     # ---- lost, ended ----

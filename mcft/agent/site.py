@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from mcft import __version__, generations
-from mcft.agent import hook, model
+from mcft.agent import hook, model, network
 from mcft.agent.events import EventLog
 from mcft.agent.events import utc_now as utc_now
 from mcft.agent.gates import GateLink
@@ -51,6 +51,7 @@ class Site:
     ports_taken: set[int] = field(default_factory=set)
     runner: Runner = field(default_factory=Runner)
     maintenance: bool = False
+    route_users: dict[str, set[str]] = field(default_factory=dict)  # peer's address → uuids that want `quickack`
     _tasks: set[asyncio.Task[Any]] = field(default_factory=set)
 
     def peer(self, name: str) -> PeerLink:
@@ -183,6 +184,27 @@ class Life:
                 return
             await asyncio.sleep(0.05)
         await self.site.host.destroy(self.body.uuid)
+
+    async def set_quickack(self) -> None:
+        """`quickack` on the route to the peer; whoever set it first remembers that it was not there before."""
+        address = self.body.links[0].peer
+        users = self.site.route_users.setdefault(address, set())
+        if await network.set_quickack(address, True):
+            self.body.route_changed = True
+            await self.save()
+        users.add(self.body.uuid)
+
+    async def clear_quickack(self) -> None:
+        """The route as it was, once no other protection uses it."""
+        if not self.body.links:
+            return
+        address = self.body.links[0].peer
+        users = self.site.route_users.setdefault(address, set())
+        users.discard(self.body.uuid)
+        if users:
+            return
+        if self.body.route_changed:
+            await network.set_quickack(address, False)
 
     def on_note(self, kind: str, fields: dict[str, Any]) -> None:
         """A note of the gate; runs on the loop."""

@@ -43,7 +43,7 @@ class Standby(Life):
             Step("silence its NICs", Standby._silence),
             Step("add its monitor", Standby._add_monitor, Standby._remove_monitor),
             Step("put replication over its disks", Standby._replicate),
-            Step("quick acknowledgements", Standby._quickack, Standby._unquickack),
+            Step("quick acknowledgements", Standby.set_quickack, Standby.clear_quickack),
             Step("start its gate", Standby._start_gate, Standby._end_gate),
             Step("listen for the stream", Standby._listen),
         ]
@@ -187,12 +187,6 @@ class Standby(Life):
         await diskreplica.prepare_secondary(self.qmp, found, self.body.g, address, self.body.nbd_port)
         self._label()
 
-    async def _quickack(self) -> None:
-        await network.set_quickack(self.body.links[0].peer, True)
-
-    async def _unquickack(self) -> None:
-        await network.set_quickack(self.body.links[0].peer, False)
-
     async def _start_gate(self) -> None:
         await self.gate.create(self._gate_state())
 
@@ -264,7 +258,7 @@ class Standby(Life):
 
     async def _clean_up(self) -> None:
         """The copy is void: its QEMU, gate and overlays go, its disk stays, labelled stale."""
-        for work in (self._destroy, self._end_gate, self._unquickack):
+        for work in (self._destroy, self._end_gate, self.clear_quickack):
             try:
                 await work()
             except McftError as error:
@@ -360,7 +354,7 @@ class Standby(Life):
         await self.save()
         await self.gate.end()
         await remove_monitor(self.qmp, self.monitor_path())
-        await self._unquickack()
+        await self.clear_quickack()
         await self.engine.reset(self.qmp)
         self.event("take-over", "the overlays are committed; nothing of the take-over is left in the domain")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from mcft.failover import Act, Verdict
@@ -30,7 +31,7 @@ class Standby:
         self._following = True
         self._armed_echo_ms = float("-inf")  # when the newest keepalive that we answered with `armed` had arrived
         self._no_echo_until_ms = float("-inf")
-        self._took = False
+        self._took = self._flushed = False
         self._timing: dict[str, float] = {}
 
     def started(self) -> None:
@@ -57,7 +58,7 @@ class Standby:
             self.gate.send_commands(Commands([("stop", {})]), lambda _replies: None)
             if self.loads == 1:
                 self.gate.control.note("loaded", count=1)
-        elif name == "RESUME" and self._took and "resume" not in self._timing:
+        elif name == "RESUME" and self._flushed and "resume" not in self._timing:
             self._timing["resume"] = now_ms
         elif name == "COLO_EXIT" and self._following:
             self._dead = f"COLO_EXIT ({data.get('reason')})"
@@ -126,8 +127,8 @@ class Standby:
     def _take(self, request: dict[str, Any], answer: Answer) -> Task:
         """taken(g) is on disk. Wait out what was echoed, end replication, resume from the last checkpoint, read back.
 
-        QEMU: `nbd-server-stop` lets go of the disks, `x-colo-lost-heartbeat` ends COLO and starts the commit of the
-        overlay, `stop` flushes every disk (vm_stop), `cont` resumes.
+        QEMU: `nbd-server-stop` ends the primary's writes, `stop` flushes every disk (vm_stop does, also when stopped),
+        `x-colo-lost-heartbeat` ends COLO and starts the commit of the overlay, `cont` resumes.
         """
         if self.gate.state.record not in ("taken",):
             answer(Denied("taken(g) must be durable first"))
@@ -138,23 +139,35 @@ class Standby:
         self._timing["free"] = boottime_ms()
         self._following, self._took = False, True
         yield Commands([("yank", {"instances": [{"type": "migration"}]})], oob=True)
-        replies = yield Commands(
-            [("nbd-server-stop", {}), ("x-colo-lost-heartbeat", {}), ("stop", {}), ("cont", {}), ("query-status", {})]
-        )
+        replies: list[Message] = []
+
+        # Not waited for one by one: QEMU says RESUME before its main loop, busy committing, comes to the last reply.
+        for command in ("nbd-server-stop", "stop", "x-colo-lost-heartbeat", "cont"):
+            self.gate.send_commands(Commands([(command, {})]), partial(self._take_reply, command, replies))
+        ran = yield self.gate.wait(self._runs_or_gone, 300.0)
+        status = "running" if ran and self.gate.own_qemu == "running" else ""
         deadline_ms = boottime_ms() + TAKE_DEADLINE_MS
-        while not (status := replies[-1].get("return", {})).get("running") and boottime_ms() < deadline_ms:
-            if self.gate.own_qemu != "running":
-                break
-            yield self.gate.wait(lambda: False, 2.0)
-            replies = [*replies, *(yield Commands([("cont", {}), ("query-status", {})]))]
+        while status != "running" and boottime_ms() < deadline_ms and self.gate.own_qemu == "running":
+            _, reply = yield Commands([("cont", {}), ("query-status", {})])
+            status = str(reply.get("return", {}).get("status", ""))
+            if status != "running":
+                yield self.gate.wait(self._runs_or_gone, 5.0)
         self._timing["running"] = boottime_ms()
-        if not status.get("running"):
+        if status != "running":
             errors = "; ".join(r["error"]["desc"] for r in replies if "error" in r)
-            answer(Denied(f"the copy does not run: {status.get('status', 'QEMU is gone')} {errors}".strip()))
+            answer(Denied(f"the copy does not run: {status or 'QEMU is gone'} {errors}".strip()))
             return
         self.gate.state.mode = "pass"
         self.gate.persist()
         answer({"running": True, "timing_ms": self.timing()})
+
+    def _take_reply(self, command: str, replies: list[Message], rows: list[Message]) -> None:
+        replies.extend(rows)
+        if command == "stop":
+            self._flushed = True
+
+    def _runs_or_gone(self) -> bool:
+        return "resume" in self._timing or self.gate.own_qemu != "running"
 
     def timing(self) -> dict[str, float]:
         """Of the last take-over: ms from the verdict (or the win, if the agent asked) to each step."""
