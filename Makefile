@@ -1,0 +1,53 @@
+# Everything a newcomer types. The machine: Debian 12 or 13; `test`, `demo`, `bench` and `evidence` need root (the lab).
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: help venv lint test-unit test-lab test demo bench evidence mutants man clean
+
+help:
+	@echo 'make demo       lab, protect, power loss, take-over, protect back, planned switch home; ends with a table'
+	@echo 'make test       lint, unit tests, and the lab (root; installs what it needs by itself)'
+	@echo 'make test-unit  under a minute, without root or libvirt'
+	@echo 'make bench      the figures, as ratios within one run'
+	@echo 'make evidence   the long versions of the lab tests'
+
+# The stamp changes with the lock file, so a pulled change of dependencies takes effect by itself.
+$(VENV)/stamp: requirements-dev.lock
+	$(PYTHON) -m venv $(VENV) 2>/dev/null || { apt-get update -qq && apt-get install -qq -y python3-venv && $(PYTHON) -m venv $(VENV); }
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.lock
+	touch $@
+
+venv: $(VENV)/stamp
+
+lint: venv
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+test-unit: venv
+	$(RUN) -m pytest tests/unit tests/sim
+
+test-lab: venv
+	lab/lab up
+	$(RUN) -m pytest tests/lab -v; status=$$?; lab/lab down; exit $$status
+
+test: lint test-unit test-lab
+
+demo: venv
+	$(RUN) -m bench.demo
+
+bench: venv
+	$(RUN) -m bench.figures
+
+evidence: venv
+	lab/lab up
+	MCFT_EVIDENCE=1 $(RUN) -m pytest tests/lab -v; status=$$?; lab/lab down; exit $$status
+
+mutants: venv
+	$(RUN) tests/mutants.py
+
+man:
+	man -l man/mcft.1
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
