@@ -44,6 +44,18 @@ if is_host "$n"; then
     mount --bind "$CACHE/libvirt$INSTANCE/$n" "$r/var/cache/libvirt"
 fi
 host_files "$n" "$r"
+if is_host "$n"; then
+    # libvirt's remembered owners are void after a reboot; it tells one by the machine's boot time, which is not the lab's.
+    chroot "$r" python3 - <<'FORGET'
+import os
+for top in ("/var/lib/libvirt/images", "/var/log/libvirt/qemu"):
+    for folder, _, files in os.walk(top):
+        for path in (os.path.join(folder, name) for name in files):
+            for name in os.listxattr(path, follow_symlinks=False):
+                if name.startswith("trusted.libvirt.security."):
+                    os.removexattr(path, name, follow_symlinks=False)
+FORGET
+fi
 : > "$r/run/mcft-lab-host"
 
 cd "$r"

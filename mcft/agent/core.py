@@ -435,9 +435,9 @@ class Core:
     async def _discard(self, peer: str, body: bytes) -> msgspec.Struct:
         about = msgspec.json.decode(body, type=model.About)
         life = self.lives.get(about.uuid)
-        if life is None or life.body.peer != peer:
+        if life is None or life.body.peer != peer or life.body.pid != about.pid:
             return model.Answer("")
-        if isinstance(life, Standby) and life.body.pid == about.pid:
+        if isinstance(life, Standby):
             await life.discard()
         elif life.body.state not in ("lost", "stopped"):
             return model.Answer("")

@@ -17,6 +17,8 @@ from mcft.errors import Failed, McftError, Refused
 from mcft.libvirt_bridge import LibvirtHost
 
 TOKEN_LIFE_S = 60
+PROBE_NAME = "mcft-hook-probe"
+PROBE_LOG = Path(f"/var/log/libvirt/qemu/{PROBE_NAME}.log")
 HOOK_PATHS = ("/etc/libvirt/hooks/qemu.d/mcft", "/etc/libvirt/hooks/qemu")
 
 
@@ -122,6 +124,7 @@ class HookProof:
             return
         finally:
             self._markers.forget(probe)
+            PROBE_LOG.unlink(missing_ok=True)
         await self._host.destroy(probe)
         raise Refused(
             "no-hook",
@@ -133,6 +136,6 @@ class HookProof:
 
 def _probe_xml(uuid: str, machine_xml: str) -> str:
     return (
-        f"<domain type='qemu'><name>mcft-hook-probe-{uuid[:8]}</name><uuid>{uuid}</uuid><memory unit='MiB'>16</memory>"
+        f"<domain type='qemu'><name>{PROBE_NAME}</name><uuid>{uuid}</uuid><memory unit='MiB'>16</memory>"
         f"<vcpu>1</vcpu>{machine_xml}<devices><controller type='usb' model='none'/><memballoon model='none'/></devices></domain>"
     )
