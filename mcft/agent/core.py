@@ -21,6 +21,8 @@ from mcft.generations import Kind, Ledger
 from mcft.units import DELAY_MAX_MS, DELAY_MIN_MS
 
 AGAIN_EVERY_S = 1.0
+OWNER_STATES = ("solo", "active", "stopped", "unprotected")
+VOID_STATES = ("", "lost", "stopped", "unprotected", "failed")
 MAX_FAILURES = 5
 
 
@@ -392,7 +394,7 @@ class Core:
 
     async def _may_receive(self, peer: str, request: model.Prepare, life: Life | None) -> None:
         name = self.site.config.name
-        if life is not None and not (life.body.state in ("lost", "stopped", "unprotected") and not life.qemu_alive()):
+        if life is not None and (life.body.state not in VOID_STATES or life.qemu_alive()):
             raise Refused("busy-there", f"{name} has a protection of {request.domain} of its own", f"it is {life.body.state} there")
         info = await self.site.host.find(request.uuid)
         if info is not None and info.running:
@@ -439,7 +441,7 @@ class Core:
             return model.Answer("")
         if isinstance(life, Standby):
             await life.discard()
-        elif life.body.state not in ("lost", "stopped"):
+        elif life.body.state not in VOID_STATES:
             return model.Answer("")
         else:
             self.site.markers.forget(about.uuid)
@@ -473,9 +475,8 @@ class Core:
             return
         if isinstance(life, Primary):
             life.lifecycle(event, detail)
-        if event == "started" and life.body.role == "primary" and life.body.state == "stopped":
-            life.body.next_try_boottime_ms = 0.0
-            life.to_state("unprotected", "started again")
+        if event in ("started", "stopped") and life.body.role == "primary" and life.body.state in OWNER_STATES:
+            self.site.spawn(self._as_primary(life).look(), f"look at {life.body.domain}")
 
     async def again(self) -> None:
         """For ever: protect again what has lost its standby, under the protocol's conditions."""
@@ -502,7 +503,7 @@ class Core:
         if since is None or boottime_ms() - since * 1000 < wait_ms or boottime_ms() - body.next_try_boottime_ms < wait_ms:
             return
         theirs = await self.site.ask(body.peer, "records", self._about(life), model.Records, 3.0)
-        if theirs.running or theirs.qemu_alive or theirs.state not in ("", "lost", "stopped", "unprotected"):
+        if theirs.running or theirs.qemu_alive or theirs.state not in VOID_STATES:
             return
         request = api.ProtectRequest(
             body.domain, body.peer, body.delay_ms, body.engine_asked, body.buffer_asked, body.disk_paths, body.overwrite

@@ -196,6 +196,11 @@ class Primary(Life):
         await self.engine.abort(self.qmp)
 
     async def _first_checkpoint(self) -> None:
+        """The guest's output waits for it, so it is asked for at once: setting the delay again starts a checkpoint."""
+        while await self.qmp.status() not in ("running", "colo"):
+            await asyncio.sleep(0.002)
+        delay = {"x-checkpoint-delay": self.body.delay_ms}
+        await self.gate.qmp([{"execute": "migrate-set-parameters", "arguments": delay}])
         try:
             await asyncio.wait_for(self._acknowledged.wait(), FIRST_CHECKPOINT_DEADLINE_S)
         except TimeoutError:
@@ -555,16 +560,16 @@ class Primary(Life):
             await self.gate.adopt()
             await self._leave()
             await self.record(Kind.SPOKEN, self.body.g + 1)
-        if self.ledger.side != "primary":
-            return
-        if self.qemu_alive():
-            self.to_state("solo", self.body.reason)
+        if self.qemu_alive() and self.ledger.side == "primary":
+            if self.body.state not in ("solo", "unprotected", "stopped"):
+                self.to_state("solo", self.body.reason)
             await self._free()
             await self._dismantle_all()
-        else:
-            self.to_state("stopped", "this host was restarted; the disk here is the truth")
-            await self._free()
-        await self.save()
+        elif not self.qemu_alive():
+            await self._clean_up_dead()
+            if not self.body.overlays_g:
+                await self._free()
+        await self.look()
 
     async def _undo_cut_off(self) -> None:
         log.warning("%s: a set-up was cut off by the agent's end: undoing it", self.body.domain)

@@ -13,13 +13,14 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from mcft import __version__, generations
+from mcft import __version__, diskreplica, generations
 from mcft.agent import hook, model, network
 from mcft.agent.events import EventLog
 from mcft.agent.events import utc_now as utc_now
 from mcft.agent.gates import GateLink
 from mcft.agent.jobs import Jobs
 from mcft.agent.peers import PeerLink
+from mcft.agent.process import run
 from mcft.agent.steps import Runner
 from mcft.agent.store import Store
 from mcft.config import Config
@@ -209,6 +210,40 @@ class Life:
     def on_note(self, kind: str, fields: dict[str, Any]) -> None:
         """A note of the gate; runs on the loop."""
         raise AssertionError("lived by Primary and Standby")
+
+    async def look(self) -> None:
+        """This side owns the newest generation and no stream: does its guest run? Started again it waits for protection."""
+        info = await self.site.host.find(self.body.uuid)
+        if info is not None and info.running:
+            self.body.qemu_pid, self.body.qemu_start = info.qemu_pid, process_start(info.qemu_pid) or 0
+            if self.body.state == "stopped":
+                self.body.next_try_boottime_ms = 0.0
+                self.to_state("unprotected", "started again")
+        else:
+            self.body.qemu_pid = self.body.qemu_start = 0
+            if self.body.state != "stopped":
+                self.to_state("stopped", "the guest was ended")
+            if self.body.overlays_g:
+                await self.commit_offline()
+        await self.save()
+
+    async def commit_offline(self) -> None:
+        """The guest ended before QEMU had committed its overlays: the disk alone is wrong; make the chain one again.
+
+        qemu-img: `rebase -u` names each backing file (QEMU was given them by node), `commit -d` writes through.
+        """
+        for disk in self.body.disks:
+            active, hidden = (diskreplica.overlay_path(disk, layer, self.body.overlays_g) for layer in diskreplica.OVERLAYS)
+            if os.path.exists(active):
+                await run("qemu-img", "rebase", "-u", "-f", "qcow2", "-b", disk.path, "-F", disk.format, hidden, timeout_s=60)
+                await run("qemu-img", "rebase", "-u", "-f", "qcow2", "-b", hidden, "-F", "qcow2", active, timeout_s=60)
+                await run("qemu-img", "commit", "-q", "-d", "-b", disk.path, active, timeout_s=3600)
+        diskreplica.remove_overlay_files(self.body.disks, self.body.overlays_g)
+        self.body.overlays_g = 0
+        self._label()
+        self.site.markers.free(self.body.uuid)
+        await self.save()
+        self.event("disk", "the overlays of the take-over were committed offline; the disk alone is the truth now")
 
     async def refresh(self) -> None:
         """Ask the gate how it is; what it does not answer stays empty."""

@@ -315,8 +315,9 @@ class Standby(Life):
         except Failed as error:
             if not self.qemu_alive():
                 await self.record(Kind.RESIGNED, self.body.g + 1, str(error))
-                self.to_state("failed", f"took over, but the copy does not run: {error.message}")
-                await self.save()
+                self.to_state("lost", "took over, but the copy does not run; given back")
+                await self._clean_up()
+                return
             raise
         await self.record(Kind.SPOKEN, self.body.g + 1)
         spoken = await self.gate.ask("speak")
@@ -331,7 +332,6 @@ class Standby(Life):
         """After the guest talks again: persistent here, startable here, overlays committed, libvirt's graph as it was."""
         xml = domainxml.moved(self.body.xml, self.body.disk_paths)
         await self.site.host.define(xml)
-        self.site.markers.free(self.body.uuid)
         if self.body.autostart:
             await self.site.host.set_autostart(self.body.uuid, True)
         self._label()
@@ -342,6 +342,9 @@ class Standby(Life):
 
     async def _commit(self) -> None:
         """Wait until QEMU has committed the overlays, then take away all that mcft put in."""
+        if not self.qemu_alive():
+            await self.look()
+            return
         deadline_ms = boottime_ms() + COMMIT_DEADLINE_S * 1000
         while not await diskreplica.committed(self.qmp, self.body.disks):
             if boottime_ms() > deadline_ms:
@@ -351,6 +354,8 @@ class Standby(Life):
         await diskreplica.drop_overlays(self.qmp, self.body.disks, self.body.g)
         self.body.overlays_g = 0
         self._label()
+        # Only now: before, a guest that is started on the disk alone would see an older one.
+        self.site.markers.free(self.body.uuid)
         await self.save()
         await self.gate.end()
         await remove_monitor(self.qmp, self.monitor_path())

@@ -62,7 +62,7 @@ class Primary:
         self._stop_stamp_ms = 0.0
         self._resume_stamp_ms = 0.0
         self._count_epoch, self._count_after = 0, 0
-        self._attaching = False
+        self._attaching = self._detaching = False
 
     def _new_commit(self) -> CommitGate:
         return CommitGate(self.gate.state.loss_ms, margin_ms=self.gate.state.loss_ms / 15, on_hold_ms=self.hold_ms.add)
@@ -229,7 +229,7 @@ class Primary:
         self.buffer.readable(channel)
         if channel.broken:
             self.gate.loop.forget(channel.ours_out)
-            if self.gate.own_qemu == "running" and self.gate.state.attached:
+            if self.gate.own_qemu == "running" and self.gate.state.attached and not self._detaching:
                 self.gate.control.note("alarm", reason=f"the buffer of {channel.nic.target} broke: {channel.broken}")
         self._watch_channels()
 
@@ -250,6 +250,7 @@ class Primary:
     def _detach(self, answer: Answer) -> Task:
         """Only in pass-through: `outdev` filters first, then what was under way, then the rest."""
         if isinstance(self.buffer, FilterBuffer):
+            self._detaching = True
             objects, chardevs = yield Commands([("qom-list", {"path": "/objects"}), ("query-chardev", {})])
             ids = [row["name"] for row in objects.get("return", [])]
             outs = [i for i in ids if i.endswith("-out")]
@@ -268,6 +269,7 @@ class Primary:
             if errors and self.gate.own_qemu == "running":
                 answer(Denied("; ".join(errors)))
                 return
+        self._detaching = False
         self.gate.state.attached = False
         self.gate.persist()
         answer({})
