@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from typing import Literal
 
 Side = Literal["primary", "standby"]
 
 
-class Kind(str, Enum):
+class Kind(StrEnum):
     """What a record says. Each at most once per (instance, generation, side)."""
 
     PREPARING = "preparing"
@@ -203,6 +203,8 @@ def knows_who_went_on(ledger: Ledger) -> bool:
 def disk_labels(primary: Ledger | None, standby: Ledger | None, *, committed: bool = True) -> str:
     """This host's label for each disk of the domain, computed from its own records (`protocol.md`, "Disks")."""
     if standby is not None:
+        if standby.resigned_win:
+            return f"stale({standby.g})"
         if standby.has(Kind.TAKEN):
             return "truth" if committed else f"chain({standby.g})"
         if standby.newest is Kind.NOT_WHOLE:

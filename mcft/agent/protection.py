@@ -437,6 +437,7 @@ class Primary(Life):
         await self._discard_standby()
         await self._unban()
         await self.site.store.delete(self.body.uuid)
+        self.forget_labels()
         self.event("unprotect", f"{self.body.domain} is not protected any more")
         if self.on_gone is not None:
             self.on_gone(self)

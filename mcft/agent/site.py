@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import shutil
 import socket
 import time
 from collections.abc import Coroutine
@@ -150,6 +151,10 @@ class Life:
             with open(fresh, "w", encoding="utf-8") as file:
                 file.write(f"{text} {self.body.pid} {disk.path}\n")
             os.replace(fresh, os.path.join(folder, disk.target))
+
+    def forget_labels(self) -> None:
+        """Not mcft's disks any more: without a label no later protection overwrites them."""
+        shutil.rmtree(os.path.join(self.site.config.state_dir, "labels", self.body.uuid), ignore_errors=True)
 
     def to_state(self, state: Any, reason: str = "") -> None:
         """The state people see; every change is an event."""

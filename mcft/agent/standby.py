@@ -314,6 +314,7 @@ class Standby(Life):
             await self.gate.ask("take", 20.0, peer_closed=peer_closed)
         except Failed as error:
             if not self.qemu_alive():
+                self.body.overlays_g = 0  # never spoken: this chain is nobody's truth
                 await self.record(Kind.RESIGNED, self.body.g + 1, str(error))
                 self.to_state("lost", "took over, but the copy does not run; given back")
                 await self._clean_up()
