@@ -1,0 +1,290 @@
+"""The lab as tests see it: hosts with what may be done to them, the guest, and the state every test begins from.
+
+The instance is the one that MCFT_LAB names. Times are seconds of CLOCK_BOOTTIME, the same in every namespace.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+REPO = Path(__file__).resolve().parents[2]
+LAB = str(REPO / "lab" / "lab")
+INSTANCE = os.environ.get("MCFT_LAB", "")
+STATE = Path(f"/run/mcft-lab-{INSTANCE}" if INSTANCE else "/run/mcft-lab")
+UUID = "11111111-2222-3333-4444-555555555555"
+GATE = f"mcft-gate@{UUID}"
+IMAGE = "/var/lib/libvirt/images/vm1.img"
+POLL_S = 0.03
+LET_GO = ("protected", "solo", "active", "unprotected", "stopped")  # states in which `unprotect` ends all
+
+
+def now() -> float:
+    """Seconds of CLOCK_BOOTTIME."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def until(condition: Callable[[], T], timeout: float, what: str | Callable[[], str]) -> T:
+    """Poll until the condition is true; its value. The only way in which these tests wait for the product."""
+    end = now() + timeout
+    while True:
+        value = condition()
+        if value:
+            return value
+        if now() > end:
+            raise AssertionError(f"after {timeout:g} s still not: {what() if callable(what) else what}")
+        time.sleep(POLL_S)
+
+
+def pause(seconds: float) -> None:
+    """Let the world go on: until the random moment of a failure, or while it is watched. Never to wait for something."""
+    time.sleep(seconds)
+
+
+def lab(*words: str, check: bool = True, timeout: float = 90.0) -> subprocess.CompletedProcess[str]:
+    """One command of lab/lab."""
+    done = subprocess.run([LAB, *words], capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL)
+    if check and done.returncode:
+        said = f"{done.stdout[-2000:]}{done.stderr[-2000:]}"
+        raise AssertionError(f"lab/lab {' '.join(words)}: exit {done.returncode}\n{said}")
+    return done
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: str) -> None:
+        super().__init__("agent", timeout=3)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(3)
+        self.sock.connect(self._path)
+
+
+@dataclass(frozen=True)
+class Host:
+    """One of the two hosts. key: the lab's name (h1), name: mcft's (host1)."""
+
+    key: str
+    name: str
+
+    def __str__(self) -> str:
+        return self.key
+
+    # ---- doing ----
+
+    def run(self, *words: str, check: bool = True, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:
+        return lab("run", self.key, "--", *words, check=check, timeout=timeout)
+
+    def sh(self, script: str, *, check: bool = True, timeout: float = 60.0) -> str:
+        return self.run("sh", "-c", script, check=check, timeout=timeout).stdout
+
+    def mcft(self, *words: str, check: bool = True, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:
+        return self.run("mcft", *words, check=check, timeout=timeout)
+
+    def kill_qemu(self) -> float:
+        """SIGKILL to vm1's QEMU; when."""
+        pid = self.qemu_pid()
+        assert pid, f"no QEMU of vm1 on {self}"
+        at_s = now()
+        self.run("kill", "-KILL", str(pid))
+        return at_s
+
+    def kill_unit(self, unit: str) -> float:
+        """SIGKILL to a unit's main process (never to what else is in its cgroup: QEMU may be in libvirtd's); when."""
+        at_s = now()
+        self.run("systemctl", "kill", "--kill-whom=main", "--signal=KILL", unit)
+        return at_s
+
+    def main_pid(self, unit: str) -> int:
+        return int(self.run("systemctl", "show", "--property=MainPID", "--value", unit).stdout)
+
+    def power_off(self) -> float:
+        """Pull the plug; when (as the lab measured it)."""
+        found = re.search(r"cut_begin=([0-9.]+)", lab("power", self.key, "off").stdout)
+        assert found
+        return float(found.group(1))
+
+    def power_on(self) -> None:
+        lab("power", self.key, "on")
+
+    # ---- looking, without a process where tests poll ----
+
+    @property
+    def root(self) -> Path | None:
+        """The host's root as seen from here, or None if it is off."""
+        try:
+            pid, start = (STATE / self.key / "init").read_text().split()
+            stat = Path(f"/proc/{pid}/stat").read_text()
+        except OSError:
+            return None
+        return Path(f"/proc/{pid}/root") if stat.rsplit(")", 1)[1].split()[19] == start else None
+
+    @property
+    def on(self) -> bool:
+        return self.root is not None
+
+    def qemu_pid(self) -> int | None:
+        """The pid of vm1's QEMU inside the host, if it lives. libvirtd need not."""
+        root = self.root
+        try:
+            pid = int((root / "run/libvirt/qemu/vm1.pid").read_text()) if root else None
+            return pid if pid and b"guest=vm1" in (root / f"proc/{pid}/cmdline").read_bytes() else None  # type: ignore[operator]
+        except (OSError, ValueError):
+            return None
+
+    def api(self, path: str) -> Any:
+        """GET from the agent's socket; None if there is no agent to answer."""
+        root = self.root
+        if root is None:
+            return None
+        connection = _UnixConnection(f"{root}/run/mcft/agent.sock")
+        try:
+            connection.request("GET", path)
+            return json.loads(connection.getresponse().read())
+        except (OSError, http.client.HTTPException, ValueError):
+            return None
+        finally:
+            connection.close()
+
+    def answers(self) -> bool:
+        return self.api("/v1/status") is not None
+
+    def status(self) -> dict[str, Any]:
+        """vm1's protection as this agent has it, or {} (none here, or no agent)."""
+        answer = self.api("/v1/status") or {"protections": []}
+        return next((p for p in answer.get("protections", []) if p["domain"] == "vm1"), {})
+
+    def state(self) -> str:
+        return self.status().get("state", "")
+
+    def events(self) -> list[dict[str, Any]]:
+        return list((self.api("/v1/events?domain=vm1") or {}).get("events", []))
+
+    def await_state(self, *states: str, timeout: float = 20.0) -> dict[str, Any]:
+        """Until vm1 is in one of the states here; the status then."""
+
+        def reached() -> dict[str, Any]:
+            status = self.status()
+            return status if status.get("state") in states else {}
+
+        def what() -> str:
+            status = self.status()
+            return f"{self}: vm1 {' or '.join(states)}; it is '{status.get('state', '')}' ({status.get('reason')})"
+
+        return until(reached, timeout, what)
+
+
+H1, H2 = Host("h1", "host1"), Host("h2", "host2")
+HOSTS = (H1, H2)
+
+
+def other(host: Host) -> Host:
+    return H2 if host is H1 else H1
+
+
+def guest(*words: str, timeout: float = 20.0) -> str:
+    """One command to the guest's control port."""
+    return lab("guest", "say", *words, timeout=timeout).stdout.strip()
+
+
+def guest_answers() -> bool:
+    return lab("guest", "say", "ping", check=False).stdout.strip() == "pong"
+
+
+def link(name: str, to: str) -> float:
+    """lab/lab link; when it began."""
+    at_s = now()
+    lab("link", name, to)
+    return at_s
+
+
+def protect(primary: Host, *more: str, timeout: float = 40.0) -> None:
+    """Protect vm1 from where it runs. Where the agent does so by itself already, wait for that instead."""
+    done = primary.mcft("protect", "vm1", "--to", other(primary).name, *more, check=False, timeout=timeout)
+    if done.returncode:
+        by_itself = primary.state() in ("preparing", "syncing", "protected")
+        assert by_itself, f"mcft protect on {primary}: exit {done.returncode}\n{done.stdout[-1000:]}{done.stderr}"
+    primary.await_state("protected", timeout=timeout)
+    if "none" not in more:
+        until(lambda: primary.status().get("survives_host_loss"), 10, f"{primary}: vm1 survives a host's loss")
+
+
+# ---- the state every test begins from ----
+
+
+def up() -> None:
+    """The lab, if it is not up; it stays."""
+    lab("up", timeout=900)
+
+
+def restore(*, thorough: bool) -> None:
+    """vm1 runs on h1, unprotected; links up, both hosts on, no protections.
+
+    thorough: something failed before, so nothing of mcft's or of the guest's state is trusted or asked: it all goes.
+    """
+    for path in list((STATE / "links").glob("*")):
+        lab("link", path.name, "up")
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(_host_on, HOSTS))
+    if thorough or not _unprotected():
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(_wipe, HOSTS))
+        _fresh_guest()
+    elif H1.qemu_pid() is None or H2.qemu_pid() is not None or not _as_new():
+        _fresh_guest()
+
+
+def _host_on(host: Host) -> None:
+    if not host.on:
+        host.power_on()
+    host.sh("systemctl reset-failed; systemctl start libvirtd mcft-agent")
+    until(host.answers, 20, f"{host}: the agent answers")
+
+
+def _unprotected() -> bool:
+    """The polite way: the leader of whatever is protected lets go of it."""
+    for host in HOSTS:
+        status = host.status()
+        if status.get("role") == "primary" and status["state"] in LET_GO:
+            host.mcft("unprotect", "vm1", check=False, timeout=45)
+    try:
+        until(lambda: not any(host.status() for host in HOSTS), 3, "no protections")
+    except AssertionError:
+        return False
+    return True
+
+
+def _wipe(host: Host) -> None:
+    host.sh(
+        """systemctl stop --no-block mcft-agent; systemctl kill --signal=KILL mcft-agent 'mcft-gate@*'
+        systemctl stop mcft-agent 'mcft-gate@*'
+        virsh -q destroy vm1; virsh -q undefine vm1 --nvram
+        cd /var/lib/mcft && rm -rf mcft.db* start labels definitions /run/mcft/*
+        rm -f /var/lib/libvirt/images/vm1.img* ; systemctl reset-failed; systemctl start mcft-agent""",
+        check=False,
+    )
+    until(host.answers, 20, f"{host}: the agent answers after everything of it was wiped")
+
+
+def _fresh_guest() -> None:
+    lab("vm", "start", "h1")
+
+
+def _as_new() -> bool:
+    """The running guest can be used again: it answers, and what an earlier test set going has ended."""
+    if not guest_answers():
+        return False
+    return "run=0" in guest("writer", "stop") and guest("dirty", "0") == "ok" and guest("beacon", "on") == "ok"
