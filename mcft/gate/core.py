@@ -19,6 +19,7 @@ from mcft.keepalive import Heard, Link, Session, Word
 from mcft.monitor import Message, Monitor, MonitorGone
 
 RECONNECT_MS = 20.0
+WATCHED = ("preparing", "arming", "armed", "protected")
 GONE_GRACE_MS = 200.0
 
 
@@ -57,6 +58,7 @@ class Gate:
         self.shutdown_reason = ""
         self.peer_shutdown_ms: float | None = None
         self.verdict: Verdict | None = None
+        self.switching = False  # a planned switch is under way: the stream's end is our own doing
         self.started_ms = boottime_ms()
         self.event_lag_ms = 0.0
         self.silence = Silence(state.loss_ms, self.started_ms)
@@ -321,7 +323,7 @@ class Gate:
 
     def _decide(self, now_ms: float) -> None:
         """Decide until the first verdict that ends the watching; that one stands until the agent acts."""
-        if self.verdict is not None or self.state.record not in ("armed", "protected", "arming", "preparing"):
+        if self.verdict is not None or self.switching or self.state.record not in WATCHED:
             return
         verdict = decide(self.view(now_ms), self.settings)
         if verdict.act is Act.WAIT:

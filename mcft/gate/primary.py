@@ -282,6 +282,7 @@ class Primary:
         Setting `x-checkpoint-delay`, even to the same value, starts a checkpoint at once; its maximum defers the next.
         """
         state, deadline_ms = self.gate.state, boottime_ms() + SWITCH_DEADLINE_MS
+        self.gate.switching = True
         while boottime_ms() < deadline_ms and not self.commit.dead:
             before = self.commit.stats.acknowledged
 
@@ -306,6 +307,7 @@ class Primary:
         yield Commands([("migrate-set-parameters", {"x-checkpoint-delay": int(state.delay_ms)})])
         if self.buffer.mode == "closed" and not self.commit.dead:
             self.buffer.mode = "hold"
+        self.gate.switching = False
         answer(Denied(f"no last checkpoint within {SWITCH_DEADLINE_MS / 1000:.0f} s {self.commit.dead}".strip()))
 
     # ---- the agent's requests ----
