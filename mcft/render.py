@@ -100,15 +100,14 @@ def check_lines(status: api.Status) -> list[str]:
 
 
 def _headline(host: str, p: api.Protection) -> str:
-    primary, standby = (host, p.peer) if p.role == "primary" else (p.peer, host)
     guest = "" if p.guest_running or p.role == "standby" else ", guest not running"
     if p.state in ("solo", "active", "unprotected", "stopped"):
-        where = f"on {host}, peer {p.peer}"
+        other = f"peer {p.peer}"
     elif p.state == "lost":
-        where = f"on {host}, {p.peer} has it"
+        other = f"{p.peer} has it"
     else:
-        where = f"on {primary}, standby on {standby}"
-    where = f"{p.role} here, {where}{guest}"
+        other = f"{'standby' if p.role == 'primary' else 'primary'} on {p.peer}"
+    where = f"{p.role} here on {host}, {other}{guest}"
     gap = "  " if len(p.domain) + len(p.state) + len(where) + 4 <= WIDTH else "\n  "
     state = click.style(p.state.upper(), fg=_COLOURS.get(p.state), bold=True)
     return f"{click.style(p.domain, bold=True)}  {state}{gap}{where}"

@@ -287,6 +287,8 @@ class Standby(Life):
             self._begin_take(fields["reason"])
         elif kind == "alarm":
             self.event("alarm", fields["reason"], "alarm")
+            if not self.qemu_alive() and self.ledger.newest is Kind.ARMED:
+                self.to_state("lost", f"the copy's QEMU is gone; {self.body.peer} goes on without it")
         elif kind == "stalled":
             self.event("stalled", "this host's watcher was itself stalled; the silence it saw does not count", "warning")
         elif kind == "qemu" and fields["event"] == "COLO_EXIT":
@@ -382,6 +384,8 @@ class Standby(Life):
             return
         if not self.qemu_alive():
             # armed(g) is void with its QEMU; what becomes of it is the primary's to ask.
+            if self.body.state != "stopped":
+                self.to_state("lost", "the copy here is gone (this host or its QEMU was restarted)")
             await self._clean_up()
             return
         if self.ledger.newest in (Kind.PREPARING, Kind.ARMED):

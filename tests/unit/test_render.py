@@ -21,7 +21,7 @@ def plain(text: str) -> str:
 
 
 PROTECTED_TEXT = """
-vm1  PROTECTED  primary here, on host1, standby on host2
+vm1  PROTECTED  primary here on host1, standby on host2
   engine       colo, periodic, delay 100ms, generation 3, arbiter standby
   since        2026-01-01T00:00:00Z
   checkpoints  9.8/s, last ack 43 ms ago, pause 4.1 ms (p99 9.9 ms), 1234 so far
