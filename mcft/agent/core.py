@@ -32,6 +32,7 @@ class Core:
     def __init__(self, site: Site) -> None:
         self.site = site
         self.lives: dict[str, Life] = {}
+        self._preparing: dict[str, asyncio.Task[msgspec.Struct]] = {}  # by instance: peers ask on several links at once
         self._verbs: dict[str, Callable[[str, bytes], Awaitable[msgspec.Struct]]] = {
             "hello": self._hello,
             "records": self._records,
@@ -316,7 +317,10 @@ class Core:
         handler = self._verbs.get(verb)
         if handler is None:
             raise NotFound("no-such-verb", f"this agent knows no '{verb}'", "the other agent is newer")
-        return model.encode(await handler(peer_name, body))
+        try:
+            return model.encode(await handler(peer_name, body))
+        except msgspec.DecodeError as error:
+            raise Usage("bad-request", f"'{verb}' was asked in words that this agent does not know", str(error)) from None
 
     def hello(self) -> bytes:
         """What this agent says of itself."""
@@ -366,10 +370,16 @@ class Core:
         return about, life
 
     async def _prepare(self, peer: str, body: bytes) -> msgspec.Struct:
+        """Asked twice for one instance (on two links, say), it is built once."""
         request = msgspec.json.decode(body, type=model.Prepare)
+        if request.pid not in self._preparing:
+            self._preparing = {p: task for p, task in self._preparing.items() if not task.done()}
+            name = f"prepare {request.domain} for {peer}"
+            self._preparing[request.pid] = asyncio.create_task(self._prepare_once(peer, request), name=name)
+        return await asyncio.shield(self._preparing[request.pid])
+
+    async def _prepare_once(self, peer: str, request: model.Prepare) -> msgspec.Struct:
         life = self.lives.get(request.uuid)
-        if isinstance(life, Standby) and life.body.pid == request.pid:
-            return await life.prepare()
         await self._may_receive(peer, request, life)
         highest = await self.site.store.highest_generation(request.uuid)
         if request.g <= highest:
@@ -378,6 +388,8 @@ class Core:
         made = standby.make_body(request, self.site.config, peer)
         port = self.site.take_port(self.site.config.listen_addresses[0], udp=True)
         made.links = [msgspec.structs.replace(link, local_port=port) for link in made.links]
+        if life is not None:
+            await life.close()
         fresh = self._alive(made, Ledger(made.pid, "standby", made.g))
         assert isinstance(fresh, Standby)
         fresh.request = request
@@ -440,6 +452,11 @@ class Core:
         if life is None or life.body.peer != peer or life.body.pid != about.pid:
             return model.Answer("")
         if isinstance(life, Standby):
+            if (building := self._preparing.get(about.pid)) is not None and not building.done():
+                building.cancel()
+                await asyncio.gather(building, return_exceptions=True)
+            if self.lives.get(about.uuid) is not life:
+                return model.Answer("")
             await life.discard()
         elif life.body.state not in VOID_STATES:
             return model.Answer("")

@@ -87,7 +87,7 @@ class GateLink:
         if future is None or future.done():
             return
         if "error" in message:
-            future.set_exception(Failed("gate", f"the gate refused: {message['error']}"))
+            future.set_exception(Failed("gate-refused", f"the gate refused: {message['error']}"))
         else:
             future.set_result(message["ok"])
 
@@ -96,7 +96,7 @@ class GateLink:
         return self._connected.is_set()
 
     async def ask(self, do: str, timeout_s: float = 10.0, **fields: Any) -> Any:
-        """One request. Raises: Failed ("gate") if it refuses, does not answer in time, or is not there."""
+        """One request. Raises: Failed: "gate-refused", or "gate" if it does not answer in time or is not there."""
         if self._writer is None:
             raise Failed("gate", "the gate is not connected", "", f"look at: systemctl status {unit(self.uuid)}")
         self._serial += 1
@@ -107,6 +107,17 @@ class GateLink:
             return await asyncio.wait_for(future, timeout_s)
         except TimeoutError:
             raise Failed("gate", f"the gate did not answer '{do}' within {timeout_s:g} s") from None
+
+    async def insist(self, do: str, timeout_s: float = 10.0, **fields: Any) -> Any:
+        """`ask`, again and again while the gate is away: systemd restarts it. Raises: Failed ("gate-refused")."""
+        while True:
+            try:
+                await self.adopt()
+                return await self.ask(do, timeout_s, **fields)
+            except Failed as error:
+                if error.code != "gate":
+                    raise
+                await asyncio.sleep(0.02)
 
     async def qmp(self, commands: list[dict[str, Any]], timeout_s: float = 10.0) -> list[dict[str, Any]]:
         """Commands on the added monitor, sent in one go; the replies as QEMU gave them."""

@@ -22,6 +22,7 @@ from mcft.config import Config, load
 from mcft.errors import Failed, McftError
 from mcft.libvirt_bridge import LibvirtHost
 
+JOBS_DEADLINE_S = 30.0
 log = logging.getLogger("mcft.agent")
 
 
@@ -63,7 +64,7 @@ async def _run(config: Config) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     sd.notify("READY=1", f"{config.name}: {len(core.lives)} protections")
-    await _watchdog(stop)
+    await _watchdog(site, stop)
     sd.notify("STOPPING=1")
     await _stop(site, core, server)
 
@@ -81,10 +82,12 @@ async def _versions_later(site: Site) -> None:
         await _versions(site)
 
 
-async def _watchdog(stop: asyncio.Event) -> None:
+async def _watchdog(site: Site, stop: asyncio.Event) -> None:
     """Feed the watchdog from the loop itself: a loop that hangs is restarted (gates go on meanwhile)."""
     interval_s = sd.watchdog_interval_s()
     while not stop.is_set():
+        if site.store.broken:
+            raise Failed("store-broken", "the agent's records can't be written any more", site.store.broken)
         sd.notify("WATCHDOG=1")
         try:
             await asyncio.wait_for(stop.wait(), interval_s or 10.0)
@@ -93,6 +96,11 @@ async def _watchdog(stop: asyncio.Event) -> None:
 
 
 async def _stop(site: Site, core: Core, server: Server) -> None:
+    """A protecting that is under way is undone; what is protected stays so, without us."""
+    try:
+        await asyncio.wait_for(site.jobs.close(), JOBS_DEADLINE_S)
+    except TimeoutError:
+        log.warning("a job did not end in time; the next start goes on from its records")
     await server.stop()
     for life in core.lives.values():
         await life.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from mcft import diskreplica, generations
@@ -255,13 +255,42 @@ class Primary(Life):
             return  # set-up and its undo look at the stream themselves
         if self._resolving is not None and not self._resolving.done():
             return
-        self._resolving = self.site.spawn(self._after(verdict), f"{verdict['act']} {self.body.domain}")
+        self._carry_through(lambda: self._after(verdict), f"{verdict['act']} {self.body.domain}")
+
+    def _carry_through(self, work: Callable[[], Coroutine[Any, Any, None]], name: str) -> None:
+        """Decisions end only when they are done: whatever fails in between is told, and gone on with from the records."""
+
+        async def until_done() -> None:
+            step = work
+            while True:
+                try:
+                    await step()
+                    return
+                except (McftError, OSError, generations.IllegalRecord) as error:
+                    log.exception("%s: %s", name, error)
+                    self.event("alarm", f"{name}: {error}; going on from the records", "alarm")
+                    await asyncio.sleep(1.0)
+                    step = self._go_on
+
+        self._resolving = self.site.spawn(until_done(), name)
+
+    async def _go_on(self) -> None:
+        """The next step by the newest record alone."""
+        newest = self.ledger.newest
+        if self.ledger.won:
+            await self._adopt_won()
+        elif newest is Kind.LOST:
+            await self._lose(None)
+        elif newest is Kind.ENDED:
+            await self._ended("the guest was ended")
+        elif newest in (Kind.ARMING, Kind.PROTECTED, Kind.DIED, Kind.RESIGNED):
+            await self._resolve(self.body.reason or f"going on from {newest.value}")
 
     async def _after(self, verdict: dict[str, Any]) -> None:
         act, reason = verdict["act"], verdict["reason"]
         self.event("verdict", f"{act}: {reason}", "warning")
-        if act == "break" and "disk error" in reason:
-            self.body.manual = reason
+        if act == "break" and reason.startswith("disk error"):
+            self.site.spawn(self._was_disk_error(reason), f"disk error of {self.body.domain}")
         if act == "hung":
             await self.record(Kind.DIED, detail=reason)
             await self.gate.ask("kill")
@@ -274,6 +303,22 @@ class Primary(Life):
             await self.record(Kind.DIED, detail=reason)
         self.body.quick_return = True
         await self._resolve(reason)
+
+    async def _was_disk_error(self, reason: str) -> None:
+        """A failed write is a disk error unless the standby's QEMU or the link turns out to be gone. Sticky: no more by itself."""
+        deadline_ms = boottime_ms() + 2 * self.site.config.loss_ms
+        while boottime_ms() < deadline_ms and self.gate.connected:
+            try:
+                status = await self.gate.ask("status", 1.0)
+            except Failed:
+                break
+            age_ms = status["links"][0]["age_ms"]
+            if status["peer"]["qemu"] == "gone" or age_ms is None or age_ms > self.site.config.loss_ms:
+                return
+            await asyncio.sleep(0.02)
+        self.body.manual = reason
+        await self.save()
+        self.event("disk", f"{reason}: not protected again by itself; mend it, then: mcft protect", "alarm")
 
     async def _was_intended(self, shutdown_reason: str) -> bool:
         """A guest's own reason, or libvirt saying `destroyed` or `shutdown` (`protocol.md`, "Intended ends")."""
@@ -459,7 +504,8 @@ class Primary(Life):
                     ) from None  # fmt: skip
             await self.gate.ask("yank")
         if self._resolving is None or self._resolving.done():
-            self._resolving = self.site.spawn(self._resolve(why), f"{why} {self.body.domain}")
+            self._carry_through(lambda: self._resolve(why), f"{why} {self.body.domain}")
+        assert self._resolving is not None
         try:
             await asyncio.wait_for(asyncio.shield(self._resolving), 20.0)
         except TimeoutError:
@@ -557,19 +603,23 @@ class Primary(Life):
             await self._clean_up_dead()
 
     async def _adopt_won(self) -> None:
-        if self.qemu_alive() and not self.ledger.spoken and self.ledger.side == "primary":
-            await self.gate.adopt()
-            await self._leave()
-            await self.record(Kind.SPOKEN, self.body.g + 1)
-        if self.qemu_alive() and self.ledger.side == "primary":
-            if self.body.state not in ("solo", "unprotected", "stopped"):
-                self.to_state("solo", self.body.reason)
+        """This side owns g + 1. What a cut-off solo or take-over had left to do is done; then: does the guest run?"""
+        if self.ledger.side == "standby":
+            if self.qemu_alive() and self.body.overlays_g:
+                await self.commit_online()
+        elif not self.qemu_alive():
+            if not self.ledger.spoken:
+                await self.record(Kind.SPOKEN, self.body.g + 1)
+            await self._clean_up_dead()
+            await self._free()
+        elif self.body.state not in ("solo", "unprotected", "stopped") or os.path.exists(self.gate.state_path):
+            if not self.ledger.spoken:
+                await self.gate.adopt()
+                await self._leave()
+                await self.record(Kind.SPOKEN, self.body.g + 1)
+            self.to_state("solo", self.body.reason)
             await self._free()
             await self._dismantle_all()
-        elif not self.qemu_alive():
-            await self._clean_up_dead()
-            if not self.body.overlays_g:
-                await self._free()
         await self.look()
 
     async def _undo_cut_off(self) -> None:
@@ -587,12 +637,12 @@ class Primary(Life):
             if newest in (Kind.ARMING, Kind.PROTECTED):
                 await self.record(Kind.DIED, detail="found dead at the agent's start")
             self.to_state("muted", "this host or its QEMU was lost; asking who went on")
-            self._resolving = self.site.spawn(self._resolve("found dead at the agent's start"), f"resolve {self.body.domain}")
+            self._carry_through(lambda: self._resolve("found dead at the agent's start"), f"resolve {self.body.domain}")
             return
         await self.gate.adopt()
         if newest is Kind.PROTECTED:
             return
-        self._resolving = self.site.spawn(self._resolve(f"the agent restarted in {newest.value}"), f"resolve {self.body.domain}")
+        self._carry_through(lambda: self._resolve(f"the agent restarted in {newest.value}"), f"resolve {self.body.domain}")
 
 
 async def make_body(site: Any, request: Any, g: int) -> model.Body:

@@ -31,10 +31,11 @@ from mcft.gate.loop import boottime_ms as boottime_ms
 from mcft.gate.state import process_start
 from mcft.generations import Kind, Ledger, Side
 from mcft.libvirt_bridge import LibvirtHost
-from mcft.qmp_passthrough import Qmp
+from mcft.qmp_passthrough import Qmp, remove_monitor
 
 log = logging.getLogger("mcft.agent")
 T = TypeVar("T")
+COMMIT_DEADLINE_S = 600.0
 
 
 @dataclass
@@ -123,6 +124,7 @@ class Life:
         self.engine = Colo()
         self.gate_status: dict[str, Any] = {}
         self.peer_known: model.Records | None = None
+        self._recording = asyncio.Lock()
 
     # ---- durable ----
 
@@ -131,13 +133,18 @@ class Life:
         await self.site.store.save(self.body.uuid, self.body.domain, model.encode(self.body))
 
     async def record(self, kind: Kind, g: int | None = None, detail: str = "") -> None:
-        """Write a record; when it returns it is on disk, in the ledger, and said by the gate."""
-        record = self.ledger.check(kind, g)
-        await self.site.store.append(
-            self.body.uuid, self.body.pid, record.g, self.ledger.side, [kind.value], detail, model.encode(self.body)
-        )
-        self.ledger.append(kind, g)
-        self._label()
+        """Write a record; when it returns it is on disk and in the ledger. One at a time: each is checked against all
+        before it, so that of two that exclude each other only the first is written.
+
+        Raises: IllegalRecord, Failed ("store-write").
+        """
+        async with self._recording:
+            record = self.ledger.check(kind, g)
+            await self.site.store.append(
+                self.body.uuid, self.body.pid, record.g, self.ledger.side, [kind.value], detail, model.encode(self.body)
+            )
+            self.ledger.append(kind, g)
+            self._label()
 
     def _label(self) -> None:
         """The disks' labels, recomputed from the records: small files, readable without the agent."""
@@ -231,6 +238,29 @@ class Life:
             if self.body.overlays_g:
                 await self.commit_offline()
         await self.save()
+
+    async def commit_online(self) -> None:
+        """Wait until QEMU has committed the overlays, then take away all that mcft put in."""
+        if not self.qemu_alive():
+            await self.look()
+            return
+        deadline_ms = boottime_ms() + COMMIT_DEADLINE_S * 1000
+        while not await diskreplica.committed(self.qmp, self.body.disks):
+            if boottime_ms() > deadline_ms:
+                self.event("alarm", "the overlays are not committed after 10 minutes; the disk alone is not the truth", "alarm")
+                return
+            await asyncio.sleep(0.1)
+        await diskreplica.drop_overlays(self.qmp, self.body.disks, self.body.g)
+        self.body.overlays_g = 0
+        self._label()
+        # Only now: before, a guest that is started on the disk alone would see an older one.
+        self.site.markers.free(self.body.uuid)
+        await self.save()
+        await self.gate.end()
+        await remove_monitor(self.qmp, self.monitor_path())
+        await self.clear_quickack()
+        await self.engine.reset(self.qmp)
+        self.event("take-over", "the overlays are committed; nothing of the take-over is left in the domain")
 
     async def commit_offline(self) -> None:
         """The guest ended before QEMU had committed its overlays: the disk alone is wrong; make the chain one again.

@@ -18,7 +18,6 @@ from mcft.gate.state import GateState, LinkSpec, process_start
 from mcft.generations import Kind
 from mcft.qmp_passthrough import add_monitor, remove_monitor
 
-COMMIT_DEADLINE_S = 600.0
 
 
 class Standby(Life):
@@ -26,9 +25,7 @@ class Standby(Life):
 
     side = "standby"
     request: model.Prepare
-    prepared: model.Prepared | None = None
     _taking: asyncio.Task[Any] | None = None
-    _building: asyncio.Task[model.Prepared] | None = None
     on_active: Any = None  # called with self once this side is the active one
 
     # ---- build ----
@@ -49,22 +46,14 @@ class Standby(Life):
         ]
 
     async def prepare(self) -> model.Prepared:
-        """Build; asked again for the same instance, the same answer. Raises what failed, everything undone."""
-        if self.prepared is not None:
-            return self.prepared
-        if self._building is None:
-            self._building = asyncio.ensure_future(self._prepare())
-        return await asyncio.shield(self._building)
-
-    async def _prepare(self) -> model.Prepared:
+        """Build the copy. Raises what failed, everything undone."""
         await self.site.runner.run(self.steps(), self)
         self.to_state("syncing")
         await self.save()
-        self.prepared = model.Prepared(
+        return model.Prepared(
             self.site.config.listen_addresses[0], self.body.mig_port, self.body.nbd_port, self.body.links[0].local_port,
             dict(self.site.versions),
         )  # fmt: skip
-        return self.prepared
 
     async def _intend(self) -> None:
         self.to_state("preparing")
@@ -217,7 +206,10 @@ class Standby(Life):
         status = await self.gate.ask("status", 2.0)
         if status["stream_dead"] or status["disk_error"]:
             return self._stands(status["stream_dead"] or status["disk_error"])
-        await self.record(Kind.ARMED)
+        try:
+            await self.record(Kind.ARMED)
+        except generations.IllegalRecord as error:
+            return self._stands(str(error))
         await self.gate.ask("update", 2.0, record="armed")
         self.to_state("protected")
         await self.save()
@@ -233,7 +225,7 @@ class Standby(Life):
             return
         if self.gate.connected:
             await self.gate.ask("break", 1.0)
-        elif self.qemu_alive():
+        else:
             # Its gate is away for the moment: the stream is dead for good once the copy's QEMU is.
             self.kill_qemu()
         claiming = self._taking is not None and not self._taking.done()
@@ -242,7 +234,11 @@ class Standby(Life):
         ):
             log.info("%s: not given up: %s", self.body.domain, refusal)
             return
-        await self.record(Kind.GIVEN_UP)
+        try:
+            await self.record(Kind.GIVEN_UP)
+        except generations.IllegalRecord as error:
+            log.info("%s: not given up: %s", self.body.domain, error)
+            return
         self.kill_qemu()
         self.to_state("lost", f"gave up: {self.body.peer} goes on without this copy")
         self.site.spawn(self._clean_up(), f"clean up {self.body.domain}")
@@ -270,8 +266,6 @@ class Standby(Life):
 
     async def discard(self) -> None:
         """The protection is undone or over: nothing of it is left here but its generation."""
-        if self._building is not None and not self._building.done():
-            self._building.cancel()
         if self.ledger.newest is Kind.TAKEN:
             raise Refused("taken", f"{self.site.config.name} has taken {self.body.domain} over")
         await self.site.runner.undo_all(self.steps(), self)
@@ -285,6 +279,8 @@ class Standby(Life):
                 self._begin_take(verdict["reason"])
         elif kind == "verdict" and fields["act"] == "claim":
             self._begin_take(fields["reason"])
+        elif kind == "not-whole":
+            self.site.spawn(self._not_whole(fields["reason"]), f"{self.body.domain} is not whole")
         elif kind == "alarm":
             self.event("alarm", fields["reason"], "alarm")
             if not self.qemu_alive() and self.ledger.newest is Kind.ARMED:
@@ -293,6 +289,14 @@ class Standby(Life):
             self.event("stalled", "this host's watcher was itself stalled; the silence it saw does not count", "warning")
         elif kind == "qemu" and fields["event"] == "COLO_EXIT":
             self.event("stream", f"the checkpoint stream ended ({fields['data'].get('reason')})", "warning")
+
+    async def _not_whole(self, reason: str) -> None:
+        """A disk error of this copy, however small: sticky and durable, it never takes over."""
+        if self.ledger.newest in (Kind.PREPARING, Kind.ARMED):
+            await self.record(Kind.NOT_WHOLE, detail=reason)
+            await self.gate.insist("update", record="not-whole")
+            self.to_state("failed", f"this copy saw a disk error: {reason}")
+            await self.save()
 
     def _begin_take(self, reason: str) -> None:
         if self._taking is None or self._taking.done():
@@ -305,17 +309,20 @@ class Standby(Life):
     async def take(self, reason: str, *, peer_closed: bool = False) -> None:
         """taken(g) → resume → spoken(g+1) → NICs open → persistent. Each record is on disk before its act."""
         if refusal := generations.may_take(self.ledger):
-            await self.gate.ask("unclaim")
             raise Refused("may-not-take", f"{self.body.domain} can't be taken over here", refusal)
         if self.ledger.newest is Kind.ARMED:
             self.body.overlays_g = self.body.g
-            await self.record(Kind.TAKEN, detail=reason)
-        await self.gate.ask("update", record="taken")
+            try:
+                await self.record(Kind.TAKEN, detail=reason)
+            except generations.IllegalRecord as error:
+                self.body.overlays_g = 0
+                raise Refused("may-not-take", f"{self.body.domain} can't be taken over here", str(error)) from None
+        await self.gate.insist("update", record="taken")
         self.to_state("taking-over", reason)
         try:
-            await self.gate.ask("take", 20.0, peer_closed=peer_closed)
+            await self.gate.insist("take", 20.0, peer_closed=peer_closed)
         except Failed as error:
-            if not self.qemu_alive():
+            if not self.qemu_alive() and not self.ledger.spoken:
                 self.body.overlays_g = 0  # never spoken: this chain is nobody's truth
                 await self.record(Kind.RESIGNED, self.body.g + 1, str(error))
                 self.to_state("lost", "took over, but the copy does not run; given back")
@@ -323,7 +330,7 @@ class Standby(Life):
                 return
             raise
         await self.record(Kind.SPOKEN, self.body.g + 1)
-        spoken = await self.gate.ask("speak")
+        spoken = await self.gate.insist("speak")
         self.event("take-over", f"{self.body.domain} runs here now: {reason} ({_timing(spoken['timing_ms'])})", "alarm")
         for problem in spoken["errors"]:
             self.event("alarm", f"opening the NICs: {problem}", "alarm")
@@ -341,30 +348,7 @@ class Standby(Life):
         await self.save()
         if self.on_active is not None:
             await self.on_active(self)
-        await self._commit()
-
-    async def _commit(self) -> None:
-        """Wait until QEMU has committed the overlays, then take away all that mcft put in."""
-        if not self.qemu_alive():
-            await self.look()
-            return
-        deadline_ms = boottime_ms() + COMMIT_DEADLINE_S * 1000
-        while not await diskreplica.committed(self.qmp, self.body.disks):
-            if boottime_ms() > deadline_ms:
-                self.event("alarm", "the overlays are not committed after 10 minutes; the disk alone is not the truth", "alarm")
-                return
-            await asyncio.sleep(0.1)
-        await diskreplica.drop_overlays(self.qmp, self.body.disks, self.body.g)
-        self.body.overlays_g = 0
-        self._label()
-        # Only now: before, a guest that is started on the disk alone would see an older one.
-        self.site.markers.free(self.body.uuid)
-        await self.save()
-        await self.gate.end()
-        await remove_monitor(self.qmp, self.monitor_path())
-        await self.clear_quickack()
-        await self.engine.reset(self.qmp)
-        self.event("take-over", "the overlays are committed; nothing of the take-over is left in the domain")
+        await self.commit_online()
 
     # ---- the agent was restarted ----
 

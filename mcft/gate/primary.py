@@ -102,7 +102,7 @@ class Primary:
             self.commit.stream_died(f"COLO_EXIT ({data.get('reason')})")
         elif name == "MIGRATION" and data.get("status") in ("failed", "cancelled", "completed"):
             self.commit.stream_died(f"migration {data['status']}")
-        elif name in DISK_ERRORS and self.commit.stats.captures and not self.commit.dead:
+        elif name in DISK_ERRORS and self.gate.state.mode == "hold" and not self.commit.dead:
             self.gate.disk_error = self.gate.disk_error or f"{name} {data.get('node-name', '')} {data.get('error', '')}".strip()
             self.commit.stream_died("disk error")
 

@@ -65,7 +65,9 @@ class Standby:
         elif name == "MIGRATION" and data.get("status") in ("failed", "cancelled"):
             self._dead = self._dead or f"migration {data['status']}"
         elif name in ("BLOCK_IO_ERROR", "QUORUM_FAILURE", "QUORUM_REPORT_BAD") and self._following:
-            self.gate.disk_error = self.gate.disk_error or f"{name} {data.get('node-name', '')}".strip()
+            if not self.gate.disk_error:
+                self.gate.disk_error = f"{name} {data.get('node-name', '')}".strip()
+                self.gate.control.note("not-whole", reason=self.gate.disk_error)
 
     def on_heard(self, heard: Heard, now_ms: float) -> None: ...
 
