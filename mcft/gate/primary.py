@@ -248,31 +248,41 @@ class Primary:
             self.gate.loop.forget(channel.ours_in)
 
     def _detach(self, answer: Answer) -> Task:
-        """Only in pass-through: `outdev` filters first, then what was under way, then the rest."""
-        if isinstance(self.buffer, FilterBuffer):
-            self._detaching = True
-            objects, chardevs = yield Commands([("qom-list", {"path": "/objects"}), ("query-chardev", {})])
-            ids = [row["name"] for row in objects.get("return", [])]
-            outs = [i for i in ids if i.endswith("-out")]
-            ins = [i for i in ids if i.endswith("-in")]
-            yield Commands(list(detach_commands(outs, [])))
-            self.buffer.open()
-            yield self.gate.wait(lambda: isinstance(self.buffer, FilterBuffer) and self.buffer.settled, 1000.0)
-            labels = [c["label"] for c in chardevs.get("return", [])]
-            replies = yield Commands(list(detach_commands(ins, labels)))
-            for channel in self.buffer.channels:
-                self.gate.loop.forget(channel.ours_out)
-                self.gate.loop.forget(channel.ours_in)
-                channel.close()
-            self.buffer.channels = []
-            errors = [r["error"]["desc"] for r in replies if "error" in r]
-            if errors and self.gate.own_qemu == "running":
-                answer(Denied("; ".join(errors)))
-                return
+        """Only in pass-through, and with the guest standing still for some ms: what it sends next would otherwise
+        overtake what is still on its way through our sockets."""
+        if not isinstance(self.buffer, FilterBuffer):
+            answer({})
+            return
+        self._detaching = True
+        objects, chardevs, status = yield Commands(
+            [("qom-list", {"path": "/objects"}), ("query-chardev", {}), ("query-status", {})]
+        )
+        running = status.get("return", {}).get("running", False)
+        if running:
+            yield Commands([("stop", {})])
+        self.buffer.open()
+        yield self.gate.wait(self._settled, 1000.0)
+        names_ = [row["name"] for row in objects.get("return", [])]
+        labels = [row["label"] for row in chardevs.get("return", [])]
+        replies = yield Commands([*detach_commands(names_, labels), *([("cont", {})] if running else [])])
+        for channel in self.buffer.channels:
+            self.gate.loop.forget(channel.ours_out)
+            self.gate.loop.forget(channel.ours_in)
+            channel.close()
+        self.buffer.channels = []
         self._detaching = False
+        errors = [r["error"]["desc"] for r in replies if "error" in r]
+        if errors and self.gate.own_qemu == "running":
+            answer(Denied("; ".join(errors)))
+            return
         self.gate.state.attached = False
         self.gate.persist()
         answer({})
+
+    def _settled(self) -> bool:
+        assert isinstance(self.buffer, FilterBuffer)
+        self.buffer.open()
+        return self.buffer.settled or bool(self.buffer.broken)
 
     # ---- a planned switch ----
 
