@@ -144,6 +144,7 @@ class Core:
         return statusview.protection(
             life.body, life.ledger, gate, self.jobs.running(life.body.domain), self.events.last(life.body.domain),
             self.site.versions, running if life.body.role == "primary" else False,
+            self.site.config.name,
         )  # fmt: skip
 
     def peers(self) -> api.Peers:

@@ -11,14 +11,14 @@ from mcft.generations import Ledger
 FLOWING = ("protected", "solo", "active", "unprotected", "preparing", "syncing", "resyncing")
 
 
-def next_step(body: Body) -> str | None:
+def next_step(body: Body, host: str) -> str | None:
     """One line of what to type in this state; None where there is nothing to do."""
     vm, peer = body.domain, body.peer
     return {
         "muted": f"if {peer} is certainly off: mcft solo {vm} --peer-is-off; otherwise bring {peer} or its link back",
         "solo": f"mcft protect {vm} --to {peer} (by itself once {peer} answers for long enough)",
         "active": f"mcft protect {vm} --to {peer} (by itself once {peer} answers for long enough)",
-        "lost": f"{vm} is {peer}'s now; to make this host its standby, there: mcft protect {vm} --to THIS-HOST",
+        "lost": f"{vm} is {peer}'s now; to make this host its standby, there: mcft protect {vm} --to {host}",
         "stopped": f"virsh start {vm} (it is protected again by itself), or mcft unprotect {vm}",
         "failed": f"mcft events {vm}; then mcft protect {vm} --to {peer} or mcft unprotect {vm}",
         "unprotected": f"mcft protect {vm} --to {peer}",
@@ -27,7 +27,7 @@ def next_step(body: Body) -> str | None:
 
 def protection(
     body: Body, ledger: Ledger, gate: dict[str, Any], job: api.JobBody | None, last: api.EventBody | None,
-    versions: dict[str, str], guest_running: bool,
+    versions: dict[str, str], guest_running: bool, host: str,
 ) -> api.Protection:  # fmt: skip
     """gate: the gate's `status`, or {} if there is none or it does not answer."""
     primary = body.role == "primary"
@@ -40,7 +40,7 @@ def protection(
         reason = "the gate does not answer; systemd restarts it"
     return api.Protection(
         domain=body.domain, uuid=body.uuid, instance=body.pid, role=body.role, peer=body.peer, engine=body.engine,
-        state=body.state, reason=reason, next_step=next_step(body), guest_running=guest_running,
+        state=body.state, reason=reason, next_step=next_step(body, host), guest_running=guest_running,
         output_flowing=primary and guest_running and body.state in FLOWING and (body.state != "protected" or bool(gate.get("lease"))),
         survives_host_loss=bool(following) and not unsafe, unsafe=unsafe, generation=g, tls=False, delay_ms=body.delay_ms,
         since=body.since, checkpoints=_checkpoints(gate), network=_network(body, gate), disks=_disks(body, gate),
