@@ -56,6 +56,7 @@ class Channel:
     sending: bytearray = field(default_factory=bytearray)  # released, on its way into QEMU
     dropped: int = 0
     broken: str = ""
+    corked: bool = False  # closed: what was released and QEMU has not taken yet stays too, its lease may be over
 
     def drain(self, mode: Mode) -> None:
         """Read all that the guest has sent so far."""
@@ -106,6 +107,8 @@ class Channel:
 
     def flush(self) -> None:
         """Write what was released as far as QEMU takes it."""
+        if self.corked:
+            return
         try:
             while self.sending:
                 del self.sending[: self.ours_in.send(self.sending)]
@@ -137,8 +140,17 @@ class FilterBuffer:
         self.mode = "hold"
 
     def close(self) -> None:
-        """Nothing leaves until `open`; what is held stays."""
+        """Nothing leaves until `open` (or `reopen`); what is held stays."""
         self.mode = "closed"
+        for channel in self.channels:
+            channel.corked = True
+
+    def reopen(self) -> None:
+        """Hold again: the close is taken back, its stream lives on."""
+        self.mode = "hold"
+        for channel in self.channels:
+            channel.corked = False
+            channel.flush()
 
     def barrier(self) -> None:
         """All that has been sent so far, by every NIC, is before the barrier."""
@@ -156,6 +168,7 @@ class FilterBuffer:
         """Everything leaves in order, then passes."""
         self._drain()
         for channel in self.channels:
+            channel.corked = False
             channel.sending += channel.held + channel.open_epoch
             channel.held.clear()
             channel.open_epoch.clear()
@@ -256,6 +269,7 @@ class NoBuffer:
     def release(self) -> None: ...
     def open(self) -> None: ...
     def close(self) -> None: ...
+    def reopen(self) -> None: ...
 
     def backlog(self) -> list[Backlog]:
         """Nothing is ever held."""

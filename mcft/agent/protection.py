@@ -9,7 +9,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from mcft import diskreplica, generations
-from mcft.agent import domainxml, hook, model, network
+from mcft.agent import domainxml, hook, model
 from mcft.agent.site import Life, boottime_ms, log, peer_ledger
 from mcft.agent.steps import Step
 from mcft.errors import Failed, McftError, Refused, TimedOut, Unreachable

@@ -10,14 +10,13 @@ from typing import Any
 from mcft import diskreplica, generations
 from mcft.agent import domainxml, hook, model, network
 from mcft.agent.process import run
-from mcft.agent.site import Life, boottime_ms, log
+from mcft.agent.site import Life, log
 from mcft.agent.steps import Step
 from mcft.diskreplica import Disk
 from mcft.errors import Failed, McftError, Refused
 from mcft.gate.state import GateState, LinkSpec, process_start
 from mcft.generations import Kind
-from mcft.qmp_passthrough import add_monitor, remove_monitor
-
+from mcft.qmp_passthrough import add_monitor
 
 
 class Standby(Life):

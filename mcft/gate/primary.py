@@ -313,10 +313,10 @@ class Primary:
                 self.commit.stream_died("planned switch")
                 answer({"stopped": True, "acknowledged": self.commit.stats.acknowledged})
                 return
-            self.buffer.mode = "hold"
+            self.buffer.reopen()
         yield Commands([("migrate-set-parameters", {"x-checkpoint-delay": int(state.delay_ms)})])
         if self.buffer.mode == "closed" and not self.commit.dead:
-            self.buffer.mode = "hold"
+            self.buffer.reopen()
         self.gate.switching = False
         answer(Denied(f"no last checkpoint within {SWITCH_DEADLINE_MS / 1000:.0f} s {self.commit.dead}".strip()))
 

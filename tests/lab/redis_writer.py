@@ -1,7 +1,6 @@
 """Writes to the guest's redis (`appendfsync always`) and remembers what was acknowledged: that must never be lost.
 
-Keys are numbered and replies come in order, so "acknowledged up to n" is the whole record. A few writes are always under
-way.
+Keys are numbered and replies come in order, so "acknowledged up to n" is the whole record. Some are always under way.
 
 Questions: `report` · `finish` (write no more; ask `report` until none is open) · `verify` (reads every acknowledged key
 over a new connection).

@@ -28,7 +28,7 @@ def lost_and_empty(old: Host) -> None:
 
 
 def test_failures_at_random_moments(load: Load, moments: random.Random, measure: Measure) -> None:
-    """One client's view through many failures: nothing taken back, a connection without loss, no acknowledged write lost.
+    """One client's view through failures: nothing taken back, a connection without loss, no acknowledged write lost.
 
     Fails if epochs are released before their acknowledgement (the beacon goes back, acknowledged writes vanish), if a
     checkpoint is not whole, or if a NIC of the standby speaks before its take-over.

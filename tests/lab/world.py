@@ -49,7 +49,7 @@ def until(condition: Callable[[], T], timeout: float, what: str | Callable[[], s
 
 
 def pause(seconds: float) -> None:
-    """Let the world go on: until the random moment of a failure, or while it is watched. Never to wait for something."""
+    """Let the world go on: until the random moment of a failure, or while it is watched. Never to wait for a thing."""
     time.sleep(seconds)
 
 

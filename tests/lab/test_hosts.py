@@ -1,0 +1,80 @@
+"""Hosts come back, and hosts change places on purpose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from watching import Load
+from world import H1, H2, guest, lab, now, pause, protect, until
+
+Measure = Callable[[str, float], float]
+DEFINE = "virsh -q define /opt/mcft/lab/vm1.xml"
+
+
+def test_a_returning_primary_starts_no_second_instance(load: Load) -> None:
+    """The old primary boots again: it knows that it lost, and neither autostart nor a hand can start its stale copy.
+
+    Fails if the hook lets a stale instance through, or if autostart stays on while protected.
+    """
+    H1.sh("virsh -q autostart vm1")
+    protect(H1)
+    assert "disable" in H1.sh("virsh dominfo vm1 | grep Autostart"), "autostart must be off while protected"
+    load.flowing()
+    H1.power_off()
+    H2.await_state("active", timeout=15)
+    load.goes_on()
+    H1.power_on()
+    H1.await_state("lost", timeout=30)
+    text = H1.mcft("status", "vm1").stdout
+    assert "LOST" in text and "host2" in text, text
+    assert H1.qemu_pid() is None
+    # As if an operator had the definition from a backup. The image is still there.
+    H1.sh(DEFINE)
+    refused = H1.run("virsh", "start", "vm1", check=False)
+    assert refused.returncode != 0 and "hook" in refused.stderr.lower(), refused
+    H1.sh("virsh -q autostart vm1")
+    H1.power_off()
+    H1.power_on()
+    H1.await_state("lost", timeout=30)
+    pause(1.0)
+    assert H1.qemu_pid() is None, "autostart started the stale copy"
+    # And its new owner has it, with autostart as it was.
+    assert "enable" in H2.sh("virsh dominfo vm1 | grep Autostart")
+    load.goes_on()
+    load.finished()
+    H1.sh("virsh -q undefine vm1")
+
+
+def test_planned_switch_there_and_back(load: Load, measure: Measure) -> None:
+    """`mcft failover` under load, both ways: nothing visible is lost, and every block of the disk is as written.
+
+    Fails if the last checkpoint is not the guest's last word, or if the old primary's guest goes on after it resigned.
+    """
+    assert guest("writer", "start", "5").startswith("writer run=1")
+    assert guest("dirty", "2") == "ok"
+    protect(H1)
+    load.flowing()
+    for source, target in ((H1, H2), (H2, H1)):
+        at_s = now()
+        done = source.mcft("failover", "vm1")
+        assert target.name in done.stdout, done
+        target.await_state("active", timeout=10)
+        load.goes_on()
+        measure("client's gap, planned switch", load.observer.gap(at_s))
+        source.await_state("lost", timeout=20)
+        assert source.qemu_pid() is None
+        load.unhurt()
+        protect(target)
+    report = load.finished()
+    measure("beacons not heard in two planned switches (1 ms each)", report["missing"] / 1000)
+    assert guest("dirty", "0") == "ok"
+    stopped = guest("writer", "stop", timeout=40)
+    assert " bad=0 err=0" in stopped, stopped
+    assert "bad=0" in guest("writer", "check", timeout=40)
+
+
+def test_switch_is_refused_without_a_standby() -> None:
+    """Fails if `failover` of an unprotected or unknown domain does something else than say so."""
+    refused = H1.mcft("failover", "vm1", check=False)
+    assert refused.returncode == 3, refused
+    until(lambda: lab("guest", "say", "ping").stdout.strip() == "pong", 5, "the guest answers")

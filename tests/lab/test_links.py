@@ -1,0 +1,87 @@
+"""Single links are cut, and the standby's host is lost: what the primary does, and what everybody who looks can see."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+from watching import Load
+from world import H1, H2, link, now, pause, protect, until
+
+Measure = Callable[[str, float], float]
+
+
+def test_replication_link_cut(load: Load, measure: Measure) -> None:
+    """The checkpoints' link is cut while the LAN lives: the sides talk, the primary goes solo, and is protected again after.
+
+    Fails if the standby takes over though it hears the primary, or if QEMU hangs in a checkpoint that nobody yanks.
+    """
+    protect(H1)
+    load.flowing()
+    pause(0.5)
+    at_s = link("rep", "down")
+    H1.await_state("solo", timeout=15)
+    load.goes_on()
+    gap = measure("beacon's gap, replication link cut (target 500 ms)", load.observer.gap(at_s))
+    assert gap < 2.0, f"{gap:.3f} s without a beacon"
+    up_s = link("rep", "up")
+    H1.await_state("protected", timeout=60)
+    measure("until protected again, replication link back", now() - up_s)
+    load.goes_on()
+    load.finished()
+
+
+def test_lan_of_the_standby_cut(load: Load) -> None:
+    """Only keepalives go over the standby's LAN link: nothing happens without it.
+
+    Fails if one silent link counts as the peer's silence.
+    """
+    protect(H1)
+    load.flowing()
+    generation, at_s = H1.status()["generation"], now()
+    link("lan:h2", "down")
+    pause(3.0)
+    for host in (H1, H2):
+        assert host.state() == "protected", host.status()
+    assert H1.status()["generation"] == generation
+    assert load.observer.gap(at_s) < 0.8
+    link("lan:h2", "up")
+    load.goes_on()
+    assert H1.state() == "protected"
+    load.finished()
+
+
+def test_standbys_host_off_mutes_and_everybody_can_see_it(load: Load, measure: Measure) -> None:
+    """Without an arbiter the primary can't know who went on: muted, on every surface, until the operator's word opens it.
+
+    Fails if the primary goes on by itself, if one surface calls it well, or if `solo` does not open.
+    """
+    protect(H1)
+    load.flowing()
+    H2.power_off()
+    status = H1.await_state("muted", timeout=15)
+    assert "mcft solo vm1" in (status["next_step"] or ""), status["next_step"]
+    assert not status["output_flowing"] and not status["survives_host_loss"]
+    text = H1.mcft("status", "vm1").stdout
+    assert "MUTED" in text and "mcft solo vm1" in text, text
+    shown = json.loads(H1.mcft("status", "vm1", "--json").stdout)["protections"][0]
+    assert shown["state"] == "muted" and "mcft solo vm1" in shown["next_step"]
+    check = H1.mcft("status", "--check", check=False)
+    assert check.returncode == 1 and "muted" in check.stdout, check
+    assert any("muted" in event["text"] for event in H1.events()), H1.events()
+    refused = H1.mcft("solo", "vm1", "--yes", check=False)
+    assert refused.returncode == 4 and "--peer-is-off" in refused.stderr, refused
+    heard = load.observer.ask("last")
+    pause(1.0)
+    assert load.observer.ask("last") == heard, "something of a muted guest was heard"
+    at_s = now()
+    H1.mcft("solo", "vm1", "--peer-is-off", "--yes")
+    assert H1.state() == "solo"
+    measure("from `mcft solo` to the first beacon", load.observer.hears(10, at_s) - at_s)
+    load.goes_on()
+    # The override is not undone behind the operator's back: the returned host is no standby until it is asked for.
+    H2.power_on()
+    until(H2.answers, 20, "h2: the agent answers")
+    until(lambda: H2.state() in ("lost", "stopped", ""), 20, f"h2 knows that its copy is void ({H2.status()})")
+    assert H2.qemu_pid() is None
+    load.finished()
