@@ -321,7 +321,8 @@ def test_attach_makes_chardevs_of_the_passed_descriptors_first() -> None:
 
 def test_detach_takes_outdevs_first_and_only_ours() -> None:
     n = names(0, 1)
-    commands = list(detach_commands([n["in"], "iothread1", n["out"], "mcft-netx"], ["charserial0", n["chr_in"], n["chr_out"]]))
+    chardevs = ["charserial0", n["chr_in"], n["chr_out"]]
+    commands = list(detach_commands([n["in"], "iothread1", n["out"], "mcft-netx"], chardevs))
     assert commands == [
         ("object-del", {"id": n["out"]}),
         ("object-del", {"id": n["in"]}),
