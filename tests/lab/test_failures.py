@@ -89,7 +89,7 @@ def test_a_host_without_any_link(load: Load, measure: Measure) -> None:
     link("rep:h1", "up")
     link("lan:h1", "up")
     lost_and_empty(H1)
-    assert not H1.sh("virsh -q list").strip()
+    until(lambda: not H1.sh("virsh -q list").strip(), 5, "h1: libvirt lists nothing")
     load.goes_on()
     load.finished()
 
@@ -107,13 +107,13 @@ def test_writes_survive_a_reboot_after_the_take_over(load: Load) -> None:
     load.finished()
     rebooted_at_s = now()
     assert guest("reboot") == "ok"
-    load.observer.ask("again")
 
     def booted() -> bool:
         said = lab("guest", "say", "uptime", check=False, timeout=20).stdout.strip()
         return bool(said) and float(said) < now() - rebooted_at_s
 
     until(booted, 60, "the guest has booted anew")
+    load.observer.ask("again")
     assert guest("fsck").startswith("rc=0"), guest("fsck")
     assert verified(load.writer) > 0
     load.observer.clean()

@@ -12,7 +12,7 @@ Measure = Callable[[str, float], float]
 
 
 def test_replication_link_cut(load: Load, measure: Measure) -> None:
-    """The checkpoints' link is cut while the LAN lives: the sides talk, the primary goes solo, and is protected again after.
+    """The checkpoints' link is cut while the LAN lives: the primary goes solo, and is protected again after.
 
     Fails if the standby takes over though it hears the primary, or if QEMU hangs in a checkpoint that nobody yanks.
     """
@@ -52,7 +52,7 @@ def test_lan_of_the_standby_cut(load: Load) -> None:
 
 
 def test_standbys_host_off_mutes_and_everybody_can_see_it(load: Load, measure: Measure) -> None:
-    """Without an arbiter the primary can't know who went on: muted, on every surface, until the operator's word opens it.
+    """Without an arbiter the primary can't know who went on: muted, on every surface, until the operator's word.
 
     Fails if the primary goes on by itself, if one surface calls it well, or if `solo` does not open.
     """

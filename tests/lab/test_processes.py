@@ -57,9 +57,8 @@ def test_agent(host: Host, how: str, load: Load, measure: Measure) -> None:
     until(host.answers, 15, f"{host}: the agent answers")
     pause(WATCH_S)
     still_protected(before)
-    gap = measure(
-        f"beacon's gap, agent of the {'primary' if host is H1 else 'standby'}: {how}", load.observer.gap(at_s)
-    )
+    side = "primary" if host is H1 else "standby"
+    gap = measure(f"beacon's gap, agent of the {side}: {how}", load.observer.gap(at_s))
     assert gap < QUIET_S, f"{gap:.3f} s without a beacon though only an agent was away"
     load.finished()
 
@@ -85,7 +84,7 @@ def test_failure_while_the_agent_is_away(host: Host, load: Load, measure: Measur
 def test_gate(host: Host, load: Load, measure: Measure) -> None:
     """A dead gate leaves everything held; systemd's new one goes on from the state file.
 
-    Fails if the buffer opens when its owner dies, if a restarted gate releases what an older stream held, or if it stays muted.
+    Fails if the buffer opens when its owner dies, if a restarted gate releases what an older stream held, or stays muted.
     """
     protect(H1)
     before = generation()
