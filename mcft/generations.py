@@ -94,14 +94,21 @@ class Ledger:
         return next((r.kind for r in reversed(self.records) if r.g == self.g), None)
 
     @property
+    def owned(self) -> int:
+        """The generation that this side won: g + 1, or g + 2 where the other side gave its win back; 0 if none."""
+        if self.has(Kind.TAKEN, self.g + 1):
+            return self.g + 2
+        return self.g + 1 if self.has(Kind.TAKEN) or self.has(Kind.SOLO) else 0
+
+    @property
     def won(self) -> bool:
-        """This side owns g + 1."""
-        return self.has(Kind.TAKEN) or self.has(Kind.SOLO)
+        """This side owns a later generation than g (unless it gave it back: `resigned_win`)."""
+        return self.owned > 0
 
     @property
     def spoken(self) -> bool:
         """This side's win was followed by a guest that runs: only now may its gate open."""
-        return self.has(Kind.SPOKEN, self.g + 1)
+        return self.won and self.has(Kind.SPOKEN, self.owned)
 
     @property
     def resigned_win(self) -> bool:
@@ -116,9 +123,13 @@ class Ledger:
         record = Record(self.g if g is None else g, kind)
         if record in self.records:
             return record
-        if record.g == self.g + 1 and kind in (Kind.SPOKEN, Kind.RESIGNED):
-            if not self.won:
-                raise IllegalRecord(f"{kind.value}({record.g}) without a win of {self.g}")
+        if record == Record(self.g + 1, Kind.TAKEN):
+            if self.side != "primary" or self.newest is not Kind.LOST:
+                raise IllegalRecord(f"taken({record.g}) without a lost({self.g}) before it")
+            return record
+        if record.g > self.g and kind in (Kind.SPOKEN, Kind.RESIGNED):
+            if record.g != self.owned:
+                raise IllegalRecord(f"{kind.value}({record.g}) without a win of {record.g - 1}")
             other = Kind.RESIGNED if kind is Kind.SPOKEN else Kind.SPOKEN
             if self.has(other, record.g):
                 raise IllegalRecord(f"{kind.value}({record.g}) after {other.value}({record.g})")
@@ -181,6 +192,8 @@ def may_open_primary(primary: Ledger) -> str:
         return ""
     if primary.newest is Kind.SOLO:
         return "" if primary.spoken else "the win is not spoken yet"
+    if primary.newest is Kind.LOST and primary.spoken:
+        return ""
     return f"{primary.newest.value}({primary.g}) stands, and neither given-up({primary.g}) nor a win of it is known"
 
 
@@ -214,7 +227,7 @@ def disk_labels(primary: Ledger | None, standby: Ledger | None, *, committed: bo
         return "syncing" if standby.newest is Kind.PREPARING else f"stale({standby.g})"
     if primary is None:
         return "truth"
-    if primary.newest is Kind.LOST:
+    if primary.newest is Kind.LOST and not primary.won:
         return f"stale({primary.g})"
     if primary.newest is Kind.RESIGNED:
         return f"truth, contested({primary.g})"

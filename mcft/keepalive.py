@@ -14,12 +14,14 @@ import hmac
 import os
 import socket
 import struct
+from collections import deque
 from dataclasses import dataclass, field
 from hashlib import sha256
 
 MAGIC = b"MCF1"
 _BODY = struct.Struct("!4s16sQBBBB8sQ8sQQQ")  # magic pid g role record qemu flags nonce counter echo_nonce echo loads acks
 MAC_BYTES = 16
+NEWCOMER_AFTER_MS = 100.0
 DATAGRAM_BYTES = _BODY.size + MAC_BYTES
 
 ROLES = ("primary", "standby")
@@ -79,6 +81,8 @@ class Session:
     peer_heard_ms: float = float("-inf")
     _sent_ms: dict[int, float] = field(default_factory=dict)
     _candidate: tuple[bytes, int] = (bytes(8), 0)
+    _candidate_ms: float = float("-inf")
+    _retired: deque[bytes] = field(default_factory=lambda: deque(maxlen=16))  # nonces of the peer's dead processes
 
     def next(self, word: Word, now_ms: float) -> bytes:
         """The next datagram; the same one goes out on every link (which also tells a link's loss from its delay)."""
@@ -86,7 +90,9 @@ class Session:
         self._sent_ms[self.counter] = now_ms
         if len(self._sent_ms) > 128:
             del self._sent_ms[self.counter - 128]
-        echo_nonce, echo = (self.peer_nonce, self.peer_counter) if self.peer_counter else self._candidate
+        # A newcomer that talks while the proven process is silent gets its echo, and with it the chance to prove itself.
+        newcomer = not self.peer_counter or self._candidate_ms - self.peer_heard_ms > NEWCOMER_AFTER_MS
+        echo_nonce, echo = self._candidate if newcomer else (self.peer_nonce, self.peer_counter)
         return pack(self.key, self.pid, word, self.nonce, self.counter, echo_nonce, echo)
 
     def sent_ms(self, counter: int) -> float | None:
@@ -108,12 +114,15 @@ class Session:
             return None
         ours = echo if echo_nonce == self.nonce and echo <= self.counter else 0
         if nonce != self.peer_nonce:
+            if nonce in self._retired:
+                self.refused += 1
+                return None
             if not ours or echo not in self._sent_ms:
                 # Unproven: remember it, so that our next datagram lets it prove itself; don't listen to it yet.
-                self._candidate = (nonce, counter)
-                if self.peer_counter and now_ms - self.peer_heard_ms > 100.0:
-                    self.peer_counter = 0
+                self._candidate, self._candidate_ms = (nonce, counter), now_ms
                 return None
+            if self.peer_counter:
+                self._retired.append(self.peer_nonce)
             self.peer_nonce, self.peer_counter = nonce, 0
         if counter < self.peer_counter or (counter == self.peer_counter and now_ms - self.peer_heard_ms > 1000.0):
             self.refused += 1

@@ -368,18 +368,21 @@ class Primary(Life):
 
     async def go_solo(self, reason: str, override: str = "") -> None:
         """solo(g) on disk → QEMU lets go of its standby → spoken(g+1) on disk → the buffer opens → everything undone."""
-        await self.record(Kind.SOLO, detail=override or reason)
+        if self.ledger.newest is Kind.LOST:
+            await self.record(Kind.TAKEN, self.body.g + 1, reason)
+        else:
+            await self.record(Kind.SOLO, detail=override or reason)
         if override:
             self.body.manual = override
         if not self.qemu_alive():
-            await self.record(Kind.SPOKEN, self.body.g + 1)
+            await self.record(Kind.SPOKEN, self.ledger.owned)
             self.to_state("stopped", f"{reason}; the guest is down, its disk here is the truth")
             await self._free()
             await self.save()
             await self._clean_up_dead()
             return
         await self._leave()
-        await self.record(Kind.SPOKEN, self.body.g + 1)
+        await self.record(Kind.SPOKEN, self.ledger.owned)
         await self.gate.ask("update", record="solo")
         await self.gate.ask("open", because="solo")
         self.to_state("solo", reason)
@@ -428,6 +431,9 @@ class Primary(Life):
         self.to_state("lost", f"{self.body.peer} took over")
         about = model.About(self.body.uuid, self.body.pid, self.body.g, self.body.domain)
         while known is None or not peer_ledger(known).spoken:
+            if known is not None and peer_ledger(known).resigned_win:
+                await self.go_solo(f"{self.body.peer} could not run its copy and gave its win back")
+                return
             await asyncio.sleep(0.05)
             try:
                 known = await self.site.ask(self.body.peer, "state", about, model.Records, 2.0)
@@ -609,14 +615,14 @@ class Primary(Life):
                 await self.commit_online()
         elif not self.qemu_alive():
             if not self.ledger.spoken:
-                await self.record(Kind.SPOKEN, self.body.g + 1)
+                await self.record(Kind.SPOKEN, self.ledger.owned)
             await self._clean_up_dead()
             await self._free()
         elif self.body.state not in ("solo", "unprotected", "stopped") or os.path.exists(self.gate.state_path):
             if not self.ledger.spoken:
                 await self.gate.adopt()
                 await self._leave()
-                await self.record(Kind.SPOKEN, self.body.g + 1)
+                await self.record(Kind.SPOKEN, self.ledger.owned)
             self.to_state("solo", self.body.reason)
             await self._free()
             await self._dismantle_all()

@@ -31,7 +31,7 @@ def protection(
 ) -> api.Protection:  # fmt: skip
     """gate: the gate's `status`, or {} if there is none or it does not answer."""
     primary = body.role == "primary"
-    g = body.g + 1 if ledger.spoken else body.g
+    g = ledger.owned if ledger.spoken else body.g
     whole = body.state == "protected" and not gate.get("disk_error") and gate.get("verdict") is None
     following = whole and bool(gate) and (gate.get("lease") if primary else gate.get("loads", 0) > 0)
     unsafe = ["output leaves unbuffered (--netbuffer none)"] if primary and body.buffer_asked == "none" else []
@@ -44,7 +44,7 @@ def protection(
         output_flowing=primary and guest_running and body.state in FLOWING and (body.state != "protected" or bool(gate.get("lease"))),
         survives_host_loss=bool(following) and not unsafe, unsafe=unsafe, generation=g, tls=False, delay_ms=body.delay_ms,
         since=body.since, checkpoints=_checkpoints(gate), network=_network(body, gate), disks=_disks(body, gate),
-        keepalive=[api.LinkStatus("udp", l["link"], _rounded(l["age_ms"]), l["missed"]) for l in gate.get("links", [])],
+        keepalive=[api.LinkStatus("udp", row["link"], _rounded(row["age_ms"]), row["missed"]) for row in gate.get("links", [])],
         versions=api.Versions(versions.get("mcft", ""), versions.get("qemu", ""), versions.get("libvirt", ""), body.peer_versions),
         job=job, last_event=last,
     )  # fmt: skip
