@@ -1,4 +1,4 @@
-"""Scenery for the gate's tests: a FAKE QMP server, a FAKE peer gate, a dummy process as QEMU, the agent's end."""
+"""Scenery for the gate's tests: a FAKE QMP server, a FAKE peer gate, a dummy process as QEMU, the agent's end.
 
 Nothing here is QEMU; what is real is the code under test (`mcft.monitor`, `python -m mcft.gate`).
 """

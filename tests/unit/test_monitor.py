@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from gatelab import PATIENCE_S, FakeQmp, until
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mcft import monitor as monitor_module
@@ -26,6 +26,7 @@ json_values = st.recursive(
 # ---- lines ----
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.dictionaries(st.text(max_size=5), json_values, max_size=3), max_size=6), st.data())
 def test_lines_cut_anywhere(messages: list[dict[str, Any]], data: st.DataObject) -> None:
     ends = st.sampled_from([b"\r\n", b"\n", b"\n\r\n"])
