@@ -316,7 +316,17 @@ def _override(
 
 def _act(agent: client.Client, domain: str, verb: client.Verb, request: api.ActRequest, done: str) -> None:
     with _detachable(f"{verb} of {domain} goes on; `mcft status {domain}` shows it"):
-        _finish(agent, agent.act(domain, verb, request), None, done)
+        job = agent.act(domain, verb, request)
+        if verb == "unprotect" and job.kind == "protect":
+            # That job is cancelled: once it has undone itself, whatever it had reached (nothing, mostly) is ended too.
+            with render.progress(f"protect {domain}", sys.stdout) as show:
+                for step in agent.follow_job(job, None):
+                    job = step
+                    show(job)
+            if job.error is not None:
+                api.raise_error(job.error)
+            job = agent.act(domain, verb, api.ActRequest(key=_new_key()))
+        _finish(agent, job, None, done)
 
 
 def _finish(agent: client.Client, job: api.JobBody, timeout_s: float | None, done: str) -> None:
