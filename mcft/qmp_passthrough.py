@@ -7,10 +7,12 @@ QEMU: `docs/interop/qmp-spec.rst`, `qapi/*.json`.
 from __future__ import annotations
 
 import os
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mcft.errors import Failed
-from mcft.libvirt_bridge import LibvirtHost
+
+if TYPE_CHECKING:  # so that what knows no libvirt can be tested without it
+    from mcft.libvirt_bridge import LibvirtHost
 
 
 class QmpError(Failed):
