@@ -230,6 +230,7 @@ class Core:
         """A protecting that failed leaves what was before: nothing, or a primary without a standby."""
         if previous is None:
             await self.site.store.delete(failed.body.uuid)
+            failed.forget_labels()
             return
         self.lives[previous.body.uuid] = previous
         previous.body.role = "primary"

@@ -635,6 +635,7 @@ class Primary(Life):
             await self.site.runner.undo_all(self.steps(), self)
         finally:
             await self.site.store.delete(self.body.uuid)
+            self.forget_labels()
             if self.on_gone is not None:
                 self.on_gone(self)
 
