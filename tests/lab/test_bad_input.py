@@ -47,15 +47,21 @@ def unchanged(*hosts: Host) -> Iterator[None]:
 
 
 @contextmanager
-def more_peers(host: Host, text: str) -> Iterator[None]:
-    """Further peers in this host's configuration."""
-    host.sh(f"cp {CONFIG} {CONFIG}.kept && cat >> {CONFIG} << 'END'\n{text}\nEND\nsystemctl restart mcft-agent")
+def configured(host: Host, change: str) -> Iterator[None]:
+    """The host's configuration, changed by a shell command on `$file`; as it was afterwards."""
+    kept = "/etc/mcft/kept"
     try:
-        until(host.answers, 20, f"{host}: the agent answers with further peers")
+        host.sh(f"cp {CONFIG} {kept} && file={CONFIG} && {change} && systemctl restart mcft-agent")
+        until(host.answers, 20, f"{host}: the agent answers with its changed configuration")
         yield
     finally:
-        host.sh(f"mv {CONFIG}.kept {CONFIG}; systemctl restart mcft-agent")
+        host.sh(f"mv {kept} {CONFIG}; systemctl reset-failed mcft-agent; systemctl restart mcft-agent")
         until(host.answers, 20, f"{host}: the agent answers")
+
+
+def one_more(name: str) -> str:
+    """A further peer, at an address where nobody is."""
+    return f"printf '[peers.{name}]\\naddresses = [\"10.99.0.99\"]\\n' >> $file"
 
 
 # ---- nothing needs to run for these ----
@@ -92,7 +98,7 @@ def test_usage() -> None:
         refused(H1, 2, "--to", command=("protect", "vm1"))
         refused(H1, 2, "--yes", command=("solo", "vm1", "--peer-is-off"))
         refused(H1, 2, "--netbuffer", command=("protect", "vm1", "--to", "host2", "--netbuffer", "magic"))
-        refused(H1, 2, "TARGET=PATH", command=("protect", "vm1", "--to", "host2", "--disk", "vda"))
+        refused(H1, 2, "--disk vda=", command=("protect", "vm1", "--to", "host2", "--disk", "vda"))
 
 
 def test_unprotect_of_what_is_not_protected() -> None:
@@ -105,7 +111,7 @@ def test_unprotect_of_what_is_not_protected() -> None:
 def test_to_itself() -> None:
     """Fails if a host can be its own standby."""
     with unchanged(H1):
-        refused(H1, 4, "host1", "itself", command=("protect", "vm1", "--to", "host1"))
+        refused(H1, 4, "host1", "this host", command=("protect", "vm1", "--to", "host1"))
 
 
 # ---- peers ----
@@ -113,25 +119,16 @@ def test_to_itself() -> None:
 
 def test_peers_that_do_not_answer_or_are_not_who_they_should_be() -> None:
     """Fails if silence (5) and a certificate of another name (4) are not told apart, or if either is gone past."""
-    silent = '[peers.silent]\naddresses = ["10.99.0.99"]'
     # host2's agent under another name: its certificate does not carry that one.
-    wrong = '[peers.wrong]\naddresses = ["10.99.0.2"]'
-    with more_peers(H1, f"{silent}\n{wrong}"), unchanged(H1, H2):
+    with configured(H1, f"sed -i s/peers.host2/peers.wrong/ $file && {one_more('silent')}"), unchanged(H1, H2):
         refused(H1, 5, "silent", command=("protect", "vm1", "--to", "silent"))
         refused(H1, 4, "wrong", "certificate", command=("protect", "vm1", "--to", "wrong"))
 
 
 def test_a_peer_that_does_not_know_this_host() -> None:
     """host2 has forgotten that host1 is its peer. Fails if a certificate of the CA is enough."""
-    forget = "sed -i s/peers.host1/peers.somebody/"
-    H2.sh(f"cp {CONFIG} {CONFIG}.kept && {forget} {CONFIG} && systemctl restart mcft-agent")
-    try:
-        until(H2.answers, 20, "h2: the agent answers")
-        with unchanged(H1, H2):
-            refused(H1, 4, "host1", command=("protect", "vm1", "--to", "host2"))
-    finally:
-        H2.sh(f"mv {CONFIG}.kept {CONFIG}; systemctl restart mcft-agent")
-        until(H2.answers, 20, "h2: the agent answers")
+    with configured(H2, "sed -i s/peers.host1/peers.somebody/ $file"), unchanged(H1, H2):
+        refused(H1, 4, "host1", command=("protect", "vm1", "--to", "host2"))
 
 
 def test_no_agent() -> None:
@@ -259,8 +256,7 @@ def test_no_hook(host: Host) -> None:
 
 def test_asked_again_while_protected() -> None:
     """Fails if asking twice does something twice, or if other settings are taken for the same."""
-    third = '[peers.host3]\naddresses = ["10.99.0.99"]'
-    with more_peers(H1, third):
+    with configured(H1, one_more("host3")):
         refused(H1, 6, command=("wait", "vm1", "--for", "protected", "--timeout", "1s"))
         protect(H1)
         with unchanged(H1, H2):
