@@ -25,7 +25,7 @@ lint: venv
 	$(VENV)/bin/mypy
 
 test-unit: venv
-	$(RUN) -m pytest tests/unit tests/sim
+	$(RUN) -m pytest tests/unit
 
 test-lab: venv
 	lab/lab up

@@ -103,65 +103,73 @@ def _quorum_node(target: str, child: str) -> dict[str, Any]:
 async def interpose(qmp: Qmp, disks: list[Disk]) -> None:
     """Put a quorum over each disk's node while the guest stands still for a few ms (`stop` … `cont`).
 
-    On any error the drives go back to libvirt's nodes before the guest continues. Raises: QmpError.
+    On any error the drives go back to libvirt's nodes before the guest continues. Raises: QmpError, Failed.
     """
-    await _add_nulls(qmp, disks)
     running = await qmp.status() == "running"
-    if running:
-        await qmp.execute("stop")
     try:
+        await _add_nulls(qmp, disks)
+        if running:
+            await qmp.execute("stop")
         for disk in disks:
             await _set_drive(qmp, disk, _null(disk.target))
             await qmp.execute("blockdev-add", **_quorum_node(disk.target, disk.node))
             await _set_drive(qmp, disk, quorum(disk.target))
     except BaseException:
-        for disk in disks:
-            await _back_to_libvirt(qmp, disk)
+        await restore(qmp, disks, was_running=running)
         raise
-    finally:
-        if running:
-            await qmp.execute("cont")
-        await _drop_nulls(qmp, disks)
+    if running:
+        await qmp.execute("cont")
+    await _drop_nulls(qmp, disks)
+
+
+async def _inserted(qmp: Qmp) -> dict[str, str]:
+    """QOM path of each device → the node that it uses now."""
+    rows = await qmp.execute("query-block")
+    return {row["qdev"]: row["inserted"]["node-name"] for row in rows if row.get("qdev") and row.get("inserted")}
+
+
+def _node_of(disk: Disk, inserted: dict[str, str]) -> str:
+    return next((node for qdev, node in inserted.items() if disk.qom in (qdev, f"{qdev}/virtio-backend")), "")
 
 
 async def _back_to_libvirt(qmp: Qmp, disk: Disk) -> None:
     graph = await nodes(qmp)
     under = graph.get(quorum(disk.target), {}).get("children.0", disk.node)
     under = disk.node if under.startswith("mcft-") else under
-    if _null(disk.target) in graph:
-        await qmp.attempt("qom-set", path=disk.qom, property="drive", value=_null(disk.target))
+    if _node_of(disk, await _inserted(qmp)) != _null(disk.target):
+        if _null(disk.target) not in graph:
+            await _add_nulls(qmp, [disk])
+        await _set_drive(qmp, disk, _null(disk.target))
     # A secondary replication node refuses its children's reopening while it lives: quorum first, then what it held.
     for name in (quorum(disk.target), _replication(disk.target), f"mcft-a-{disk.target}", f"mcft-h-{disk.target}"):
         if name in graph:
             await qmp.attempt("blockdev-del", node_name=name)
-    await qmp.execute("qom-set", path=disk.qom, property="drive", value=under)
+    await _set_drive(qmp, disk, under)
 
 
-async def restore(qmp: Qmp, disks: list[Disk]) -> None:
+async def restore(qmp: Qmp, disks: list[Disk], *, was_running: bool = False) -> None:
     """Undo `interpose` (also of a promoted standby): each drive goes to the node that is *now* under the quorum.
 
-    Looks at the real graph: a disk without mcft's quorum is left alone. Raises: QmpError.
+    Looks at what each device uses now; one that uses no node of mcft's is left alone. The guest continues only with
+    every drive on a real disk: otherwise it stays stopped, to be called again. Raises: QmpError, Failed.
     """
-    graph = await nodes(qmp)
-    ours = [disk for disk in disks if quorum(disk.target) in graph]
-    stray = [name for name in graph if name.startswith("mcft-0-")]
-    if not ours:
-        for name in stray:
-            await qmp.attempt("blockdev-del", node_name=name)
-        return
-    for disk in ours:
-        if _null(disk.target) not in graph:
-            await _add_nulls(qmp, [disk])
+    inserted = await _inserted(qmp)
+    ours = [disk for disk in disks if _node_of(disk, inserted).startswith("mcft-")]
+    # A guest that stands on a null node was stopped by us, by an attempt that was cut off.
+    cut_off = any(_node_of(disk, inserted) == _null(disk.target) for disk in ours)
     running = await qmp.status() == "running"
-    if running:
-        await qmp.execute("stop")
-    try:
+    if ours:
+        if running:
+            await qmp.execute("stop")
         for disk in ours:
             await _back_to_libvirt(qmp, disk)
-    finally:
-        if running:
-            await qmp.execute("cont")
-        await _drop_nulls(qmp, ours)
+        still = await _inserted(qmp)
+        if left := [d.target for d in disks if _node_of(d, still).startswith("mcft-")]:
+            raise Failed("drive-left", f"disk {', '.join(left)} could not be given back; the guest stays stopped")
+    if (running and ours) or ((cut_off or was_running) and await qmp.status() == "paused"):
+        await qmp.execute("cont")
+    for name in [name for name in await nodes(qmp) if name.startswith("mcft-0-")]:
+        await qmp.attempt("blockdev-del", node_name=name)
 
 
 def _nbd(target: str, node: str, address: str, port: int) -> dict[str, Any]:
@@ -175,7 +183,7 @@ async def start_mirrors(qmp: Qmp, disks: list[Disk], address: str, port: int) ->
         await qmp.execute("blockdev-add", **_nbd(disk.target, f"mcft-s-{disk.target}", address, port))
         await qmp.execute(
             "blockdev-mirror", job_id=f"mcft-m-{disk.target}", device=quorum(disk.target),
-            target=f"mcft-s-{disk.target}", sync="full",
+            target=f"mcft-s-{disk.target}", sync="full", auto_dismiss=False,
         )  # fmt: skip
 
 
@@ -196,6 +204,10 @@ async def mirrors_ready(qmp: Qmp, disks: list[Disk], on_progress: Callable[[floa
         await asyncio.sleep(MIRROR_POLL_S)
 
 
+async def _mirrors(qmp: Qmp) -> list[dict[str, Any]]:
+    return [j for j in await qmp.execute("query-jobs") if j["id"].startswith("mcft-m-")]
+
+
 async def swap_to_replication(qmp: Qmp, disks: list[Disk], address: str, port: int) -> None:
     """In `pre-switchover`, the guest standing still: end the mirrors, put replication in their place.
 
@@ -203,11 +215,13 @@ async def swap_to_replication(qmp: Qmp, disks: list[Disk], address: str, port: i
     """
     for disk in disks:
         await qmp.execute("block-job-cancel", device=f"mcft-m-{disk.target}")
-    while jobs := [j for j in await qmp.execute("query-jobs") if j["id"].startswith("mcft-m-")]:
-        for job in jobs:
-            if job.get("error"):
-                raise Failed("mirror-failed", f"copying disk {job['id'][7:]} failed at the end: {job['error']}")
-        await asyncio.sleep(0.001)
+    while running := [j for j in await _mirrors(qmp) if j["status"] != "concluded"]:
+        await asyncio.sleep(0.001 * len(running))
+    # Not dismissed by itself: a mirror that fails while it drains would vanish without a word.
+    for job in await _mirrors(qmp):
+        if job.get("error"):
+            raise Failed("mirror-failed", f"copying disk {job['id'][7:]} failed at the end: {job['error']}")
+        await qmp.execute("job-dismiss", id=job["id"])
     for disk in disks:
         target = disk.target
         await qmp.execute("blockdev-del", node_name=f"mcft-s-{target}")
@@ -233,11 +247,14 @@ def drop_replication_commands(targets: list[str]) -> list[dict[str, Any]]:
 
 async def dismantle_copy(qmp: Qmp, disks: list[Disk]) -> None:
     """Undo of copying and of replication, whatever of it is there; the quorum stays for `restore`."""
-    for job in await qmp.execute("query-jobs"):
-        if job["id"].startswith("mcft-m-"):
-            await qmp.attempt("block-job-cancel", device=job["id"], force=True)
     for _ in range(500):
-        if not any(j["id"].startswith("mcft-m-") for j in await qmp.execute("query-jobs")):
+        jobs = await _mirrors(qmp)
+        for job in jobs:
+            if job["status"] == "concluded":
+                await qmp.attempt("job-dismiss", id=job["id"])
+            else:
+                await qmp.attempt("block-job-cancel", device=job["id"], force=True)
+        if not jobs:
             break
         await asyncio.sleep(0.01)
     graph = await nodes(qmp)

@@ -16,6 +16,7 @@ Stream = Literal["alive", "overdue", "dead"]
 
 GATE_SILENT_MS = 3000.0  # (c): no keepalive, although checkpoints flow: the primary's gate does not come back
 SHUTDOWN_WORD_MS = 3000.0  # after SHUTDOWN the agent has this long to say whether it was intended
+NO_STANDBY_ANY_MORE = ("not-whole", "given-up", "lost", "ended")
 HUNG_MS = 10000.0  # (e): the stream overdue by this much and the monitor silent
 
 
@@ -76,6 +77,7 @@ class View:
     peer_shutdown_for_ms: float
     peer_claiming: bool
     lan_ok: bool
+    peer_record: str = ""
 
 
 def decide(view: View, settings: Settings) -> Verdict:
@@ -103,6 +105,8 @@ def _primary(view: View, settings: Settings) -> Verdict:
         return Verdict(Act.BREAK, "the standby claims the generation")
     if view.peer_qemu == "gone":
         return Verdict(Act.BREAK, "the standby's QEMU is gone")
+    if view.armed and view.peer_record in NO_STANDBY_ANY_MORE:
+        return Verdict(Act.BREAK, f"the standby says {view.peer_record}")
     stream = stream_state(view, settings)
     if view.armed and stream == "overdue" and view.silent_ms > settings.loss_ms:
         return Verdict(Act.BREAK, f"the standby is silent on every link for {view.silent_ms:.0f} ms")

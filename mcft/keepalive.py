@@ -91,9 +91,15 @@ class Session:
         if len(self._sent_ms) > 128:
             del self._sent_ms[self.counter - 128]
         # A newcomer that talks while the proven process is silent gets its echo, and with it the chance to prove itself.
-        newcomer = not self.peer_counter or self._candidate_ms - self.peer_heard_ms > NEWCOMER_AFTER_MS
-        echo_nonce, echo = self._candidate if newcomer else (self.peer_nonce, self.peer_counter)
+        echo_nonce, echo = self._candidate if self.echoes_newcomer else (self.peer_nonce, self.peer_counter)
         return pack(self.key, self.pid, word, self.nonce, self.counter, echo_nonce, echo)
+
+    @property
+    def echoes_newcomer(self) -> bool:
+        """Whether the next datagram echoes a process that has yet to prove itself."""
+        if not self.peer_counter:
+            return self._candidate[1] > 0
+        return self._candidate_ms - self.peer_heard_ms > NEWCOMER_AFTER_MS
 
     def sent_ms(self, counter: int) -> float | None:
         """When our counter was sent (our clock); None if it is too old to remember."""
@@ -124,6 +130,7 @@ class Session:
             if self.peer_counter:
                 self._retired.append(self.peer_nonce)
             self.peer_nonce, self.peer_counter = nonce, 0
+            self._candidate, self._candidate_ms = (bytes(8), 0), float("-inf")
         if counter < self.peer_counter or (counter == self.peer_counter and now_ms - self.peer_heard_ms > 1000.0):
             self.refused += 1
             return None

@@ -75,6 +75,9 @@ class Monitor:
             sock.close()
             raise MonitorGone(f"monitor {self.path}: {error}") from None
         sock.setblocking(False)
+        # Nothing that was meant for an earlier connection is sent on this one.
+        self._unsent.clear()
+        self._replies.clear()
         self.sock = sock
 
     def _read_one(self, sock: socket.socket) -> Message:
@@ -104,6 +107,8 @@ class Monitor:
         self, command: str, arguments: Message | None = None, on_reply: Reply | None = None, *, oob: bool = False
     ) -> None:
         """Queue and send one command. Raises: MonitorGone."""
+        if self.sock is None:
+            raise MonitorGone("not connected")
         self._unsent += self.encode(command, arguments, on_reply, oob=oob)
         self.flush()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import msgspec
 from mcft import api, diskreplica, generations, netbuffer
 from mcft.agent import domainxml, model, protection, standby, statusview
 from mcft.agent.events import EventLog
+from mcft.agent.hook import boot_id
 from mcft.agent.jobs import JobHandle, Jobs
 from mcft.agent.protection import Primary
 from mcft.agent.site import Life, Site, boottime_ms, log
@@ -59,19 +61,25 @@ class Core:
     async def load(self) -> None:
         """Read what is stored and go on from it; each protection by itself, so that one can't hold up the others."""
         for stored in await self.site.store.load():
-            body = msgspec.json.decode(stored.body, type=model.Body)
-            kinds = [r for r in await self.site.store.records(body.uuid, body.pid)]
-            side: generations.Side = "standby" if any(r.side == "standby" for r in kinds) else "primary"
-            if not kinds:
-                side = body.role
-            ledger = Ledger.load(body.pid, side, body.g, [(r.g, r.kind) for r in kinds if r.side == side])
-            life = self._alive(body, ledger)
-            for link in body.links:
-                self.site.ports_taken.add(link.local_port)
-            if body.links and life.ledger.newest not in (Kind.LOST, Kind.ENDED, Kind.GIVEN_UP):
-                self.site.route_users.setdefault(body.links[0].peer, set()).add(body.uuid)
-            self.site.ports_taken |= {body.mig_port, body.nbd_port} if body.role == "standby" else set()
-            self.site.spawn(self._adopt(life), f"adopt {body.domain}")
+            await self._load_one(msgspec.json.decode(stored.body, type=model.Body))
+
+    async def _load_one(self, body: model.Body) -> None:
+        kinds = await self.site.store.records(body.uuid, body.pid)
+        side: generations.Side = "standby" if any(r.side == "standby" for r in kinds) else "primary"
+        if not kinds:
+            side = body.role
+        ledger = Ledger.load(body.pid, side, body.g, [(r.g, r.kind) for r in kinds if r.side == side])
+        life = self._alive(body, ledger)
+        for link in body.links:
+            self.site.ports_taken.add(link.local_port)
+        if body.links and ledger.newest not in (Kind.LOST, Kind.ENDED, Kind.GIVEN_UP) and not ledger.won:
+            self.site.route_users.setdefault(body.links[0].peer, set()).add(body.uuid)
+        if body.route_changed and body.links:
+            self.site.routes_changed.add(body.links[0].peer)
+        self.site.ports_taken |= {body.mig_port, body.nbd_port} if body.role == "standby" else set()
+        if body.boot_id != boot_id():
+            body.next_try_boottime_ms = 0.0  # the clock of another boot
+        self.site.spawn(self._adopt(life), f"adopt {body.domain}")
 
     def _alive(self, body: model.Body, ledger: Ledger) -> Life:
         life: Life = Standby(self.site, body, ledger) if body.role == "standby" else Primary(self.site, body, ledger)
@@ -83,14 +91,18 @@ class Core:
         return life
 
     async def _adopt(self, life: Any) -> None:
-        try:
-            await life.adopt()
-            if isinstance(life, Standby) and not life.qemu_alive() and life.ledger.newest is None:
+        """Again and again until it is done: libvirt or a gate may come up later than this agent."""
+        while True:
+            try:
+                await life.adopt()
+                break
+            except Exception as error:
+                log.exception("%s: going on after the restart failed", life.body.domain)
+                life.event("alarm", f"going on after the agent's restart failed: {error}; trying again", "alarm")
+                await asyncio.sleep(2.0)
+        if isinstance(life, Standby):
+            if life.ledger.newest is None:
                 self._gone(life)
-        except McftError as error:
-            log.error("%s: going on after the restart failed: %s", life.body.domain, error)
-            life.event("alarm", f"going on after the agent's restart failed: {error}", "alarm")
-        if isinstance(life, Standby) and life.ledger.newest is Kind.PREPARING:
             await self._still_wanted(life)
 
     async def _still_wanted(self, life: Standby) -> None:
@@ -98,7 +110,7 @@ class Core:
         while self.lives.get(life.body.uuid) is life and life.ledger.newest is Kind.PREPARING:
             try:
                 known = await self.site.ask(life.body.peer, "state", self._about(life), model.Records, 3.0)
-                if known.pid != life.body.pid:
+                if known.pid != life.body.pid or known.state in ("", "unprotected"):
                     await life.discard()
                     self._gone(life)
                     return
@@ -115,6 +127,15 @@ class Core:
         for link in life.body.links:
             self.site.ports_taken.discard(link.local_port)
         self.site.ports_taken -= {life.body.mig_port, life.body.nbd_port}
+        if life.body.previous and life.body.role == "primary" and life.ledger.newest in (None, Kind.PREPARING):
+            self.site.spawn(self._put_back(life.body.previous), f"put {life.body.domain} back")
+
+    async def _put_back(self, text: str) -> None:
+        """A set-up that would have replaced a solo or active protection was undone: the intention stays."""
+        body = msgspec.json.decode(text, type=model.Body)
+        if body.uuid not in self.lives:
+            await self.site.store.save(body.uuid, body.domain, model.encode(body))
+            await self._load_one(body)
 
     async def _became_active(self, life: Standby) -> None:
         """A standby that took over is a primary without a standby from now on; its ledger stays the standby's."""
@@ -216,26 +237,25 @@ class Core:
         body.disks = await find_disks(life)
         await self.site.hook.prove(config.name, domainxml.machine(body.xml))
         life.on_gone = self._gone
+        if previous is not None:
+            body.previous = model.encode(previous.body).decode()
+            for link in previous.body.links:
+                self.site.ports_taken.discard(link.local_port)
         self.lives[body.uuid] = life
         try:
             await life.protect(job.step)
         except BaseException:
             if life.ledger.newest in (None, Kind.PREPARING):
-                self.lives.pop(body.uuid, None)
+                self._gone(life)
                 await asyncio.shield(self._back_to(previous, life))
             raise
         return f"{body.domain} is protected, its standby is on {peer}"
 
     async def _back_to(self, previous: Life | None, failed: Primary) -> None:
-        """A protecting that failed leaves what was before: nothing, or a primary without a standby."""
+        """A protecting that failed leaves what was before: nothing, or a primary without a standby (`_gone` puts it back)."""
         if previous is None:
             await self.site.store.delete(failed.body.uuid)
-            failed.forget_labels()
-            return
-        self.lives[previous.body.uuid] = previous
-        previous.body.role = "primary"
-        await previous.save()
-        if previous.ledger.won:
+        elif previous.ledger.won:
             self.site.markers.free(previous.body.uuid)
 
     async def act(self, domain: str, verb: str, request: api.ActRequest) -> api.JobBody:
@@ -246,13 +266,23 @@ class Core:
         acts = {"unprotect": self._unprotect, "failover": self._failover, "solo": self._solo}
         running = self.jobs.running(life.body.domain)
         if verb == "unprotect" and running is not None and running.kind == "protect":
-            self.jobs.cancel(running.id)
-            return running
+            await self._cancelled(running.id)
+            while life.body.previous and life.body.uuid not in self.lives:
+                await asyncio.sleep(0.01)  # what the protecting would have replaced is being put back
+            if life.body.uuid not in self.lives:
+                return self.jobs.start(verb, life.body.domain, _done("the protecting was cancelled and undone"), request.key)
+            life = self.lives[life.body.uuid]
+        target = life
 
         async def work(job: JobHandle) -> str:
-            return await acts[verb](life, request, job)
+            return await acts[verb](target, request, job)
 
         return self.jobs.start(verb, life.body.domain, work, request.key)
+
+    async def _cancelled(self, job_id: str) -> None:
+        job = self.jobs.cancel(job_id)
+        while job.state == "running":
+            job = await self.jobs.wait(job_id, 5.0)
 
     async def _unprotect(self, life: Life, _request: api.ActRequest, job: JobHandle) -> str:
         life = self._as_primary(life)
@@ -279,7 +309,8 @@ class Core:
             raise Refused("not-here", f"{life.body.domain} has no standby here", life.body.reason)
         job.step(f"ask {life.body.peer} to hand over")
         try:
-            await self.site.ask(life.body.peer, "switch", self._about(life), model.Answer, 30.0)
+            asked = msgspec.structs.replace(self._about(life), detail=secrets.token_hex(8))
+            await self.site.ask(life.body.peer, "switch", asked, model.Answer, 30.0)
         except Unreachable as error:
             return await self._claim(life, request, error)
         return f"{life.body.domain} runs here"
@@ -298,8 +329,14 @@ class Core:
                 "say-off", "a forced failover needs your word that the other host is off", "two copies would run otherwise",
                 "add --peer-is-off",
             )  # fmt: skip
+        if status["disk_error"]:
+            raise Refused("not-whole", f"the copy of {life.body.domain} here is not whole", status["disk_error"])
         await life.gate.ask("claim")
-        await life.take("the operator asked")
+        life.begin_take("the operator asked")
+        assert life.deciding is not None
+        await asyncio.shield(life.deciding)
+        if not life.ledger.spoken:
+            raise Failed("take-over", f"{life.body.domain} could not be taken over", life.body.reason, "mcft events")
         return f"{life.body.domain} runs here"
 
     async def _solo(self, life: Life, request: api.ActRequest, job: JobHandle) -> str:
@@ -326,8 +363,6 @@ class Core:
 
     def hello(self) -> bytes:
         """What this agent says of itself."""
-        from mcft.agent.hook import boot_id
-
         versions = self.site.versions
         return model.encode(
             model.Hello(self.site.config.name, versions.get("mcft", ""), versions.get("qemu", ""), versions.get("libvirt", ""), boot_id())
@@ -396,7 +431,9 @@ class Core:
         assert isinstance(fresh, Standby)
         fresh.request = request
         try:
-            return await fresh.prepare()
+            prepared = await fresh.prepare()
+            self.site.spawn(self._still_wanted(fresh), f"is {request.domain} still wanted")
+            return prepared
         except BaseException:
             if self.lives.get(request.uuid) is fresh:
                 self._gone(fresh)
@@ -425,15 +462,17 @@ class Core:
         about = msgspec.json.decode(body, type=model.About)
         life = self.lives.get(about.uuid)
         if isinstance(life, Standby) and life.body.pid == about.pid and life.body.peer == peer:
-            await life.give_up()
+            await life.give_up(about)
         return await self._known(about)
 
     async def _take(self, peer: str, body: bytes) -> msgspec.Struct:
         """The primary has resigned, its gate is closed and its guest stands."""
         about, life = self._instance(peer, body) if self._holds(body) else (msgspec.json.decode(body, type=model.About), None)
         if life is not None and life.ledger.newest is Kind.ARMED:
-            await life.gate.ask("claim")
-            life._begin_take_planned()
+            if life.qemu_alive():
+                life.begin_take("planned switch", peer_closed=True)
+            else:
+                await life.give_up(msgspec.structs.replace(about, qemu_runs=True))
         return await self._known(about)
 
     def _holds(self, body: bytes) -> bool:
@@ -443,10 +482,12 @@ class Core:
 
     async def _ended(self, peer: str, body: bytes) -> msgspec.Struct:
         about = msgspec.json.decode(body, type=model.About)
-        if not self._holds(body):
-            return model.Answer("")
-        _, life = self._instance(peer, body)
-        return await life.ended(about.detail or "the guest was ended")
+        if self._holds(body):
+            _, life = self._instance(peer, body)
+            return await life.ended(about.detail or "the guest was ended")
+        known = await self._known(about)
+        kinds = [kind for side, g, kind in known.records if side == "standby" and g == about.g]
+        return model.Answer(kinds[-1] if kinds else "", about.g)
 
     async def _discard(self, peer: str, body: bytes) -> msgspec.Struct:
         about = msgspec.json.decode(body, type=model.About)
@@ -478,7 +519,7 @@ class Core:
         async def work(job: JobHandle) -> str:
             return await leader.switch(job.step)
 
-        job = self.jobs.start("failover", leader.body.domain, work, f"switch-{about.pid}")
+        job = self.jobs.start("failover", leader.body.domain, work, f"switch-{about.pid}-{about.detail}")
         while job.state == "running":
             job = await self.jobs.wait(job.id, 5.0)
         if job.error is not None:
@@ -504,8 +545,8 @@ class Core:
             for life in list(self.lives.values()):
                 try:
                     await self._maybe_again(life)
-                except McftError as error:
-                    log.info("%s: not protected again yet: %s", life.body.domain, error)
+                except Exception as error:
+                    log.info("%s: not protected again yet: %r", life.body.domain, error)
 
     async def _maybe_again(self, life: Life) -> None:
         body, config = life.body, self.site.config

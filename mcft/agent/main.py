@@ -53,9 +53,9 @@ async def _run(config: Config) -> None:
     for name, peer in config.peers.items():
         site.peers[name] = PeerLink(config, peer, core.hello)
         site.peers[name].start()
+    await core.load()  # before anybody can ask: an unknown instance would be answered as if it were over
     server = Server(config, core)
     await server.start()
-    await core.load()
     site.spawn(host.keep_connected(), "keep libvirt connected")
     site.spawn(core.again(), "protect again")
     site.spawn(_versions_later(site), "versions")

@@ -56,6 +56,7 @@ class Body(msgspec.Struct):
     next_try_boottime_ms: float = 0.0
     quick_return: bool = False  # the standby was lost by a bare restart of its QEMU or link
     peer_versions: dict[str, str] = {}
+    previous: str = ""  # the body that this instance would replace: put back if the set-up is undone
     route_changed: bool = False  # mcft set `quickack` on the route to the peer
 
 
@@ -77,6 +78,7 @@ class About(msgspec.Struct, frozen=True):
     g: int = 0
     domain: str = ""
     detail: str = ""
+    qemu_runs: bool = True
 
 
 class Records(msgspec.Struct, frozen=True):

@@ -8,7 +8,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -26,7 +26,7 @@ from mcft.agent.steps import Runner
 from mcft.agent.store import Store
 from mcft.config import Config
 from mcft.engines.colo import Colo
-from mcft.errors import NotFound, Refused
+from mcft.errors import Failed, NotFound, Refused
 from mcft.gate.loop import boottime_ms as boottime_ms
 from mcft.gate.state import process_start
 from mcft.generations import Kind, Ledger, Side
@@ -55,6 +55,7 @@ class Site:
     runner: Runner = field(default_factory=Runner)
     maintenance: bool = False
     route_users: dict[str, set[str]] = field(default_factory=dict)  # peer's address → uuids that want `quickack`
+    routes_changed: set[str] = field(default_factory=set)  # those that had no `quickack` before mcft set it
     _tasks: set[asyncio.Task[Any]] = field(default_factory=set)
 
     def peer(self, name: str) -> PeerLink:
@@ -71,7 +72,10 @@ class Site:
     async def ask(self, peer: str, verb: str, body: msgspec.Struct, reply: type[T], timeout_s: float = 5.0) -> T:
         """One call of a peer's agent, typed. Raises: Unreachable, Refused, or what the peer answered."""
         answer = await self.peer(peer).call(verb, model.encode(body), timeout_s)
-        return msgspec.json.decode(answer, type=reply)
+        try:
+            return msgspec.json.decode(answer, type=reply)
+        except msgspec.MsgspecError as error:
+            raise Failed("peer-garbled", f"{peer} answered '{verb}' in words that this agent does not know", str(error)) from None
 
     def spawn(self, work: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
         """Run in the background; an exception is logged, never lost."""
@@ -125,6 +129,7 @@ class Life:
         self.gate_status: dict[str, Any] = {}
         self.peer_known: model.Records | None = None
         self._recording = asyncio.Lock()
+        self.deciding: asyncio.Task[Any] | None = None
 
     # ---- durable ----
 
@@ -138,13 +143,26 @@ class Life:
 
         Raises: IllegalRecord, Failed ("store-write").
         """
+        writing = asyncio.ensure_future(self._write_record(kind, g, detail))
+        try:
+            await asyncio.shield(writing)
+        except asyncio.CancelledError:
+            # A record half way to the disk can't be called back: memory must not fall behind it.
+            await asyncio.gather(writing, return_exceptions=True)
+            raise
+
+    async def _write_record(self, kind: Kind, g: int | None, detail: str) -> None:
         async with self._recording:
             record = self.ledger.check(kind, g)
             await self.site.store.append(
                 self.body.uuid, self.body.pid, record.g, self.ledger.side, [kind.value], detail, model.encode(self.body)
             )
             self.ledger.append(kind, g)
-            self._label()
+            try:
+                self._label()
+            except OSError as error:
+                # Labels are recomputed from the records; a full disk must not stop a decision.
+                log.error("%s: the disks' labels could not be written: %s", self.body.domain, error)
 
     def _label(self) -> None:
         """The disks' labels, recomputed from the records: small files, readable without the agent."""
@@ -173,6 +191,38 @@ class Life:
     def event(self, kind: str, text: str, level: Any = "info") -> None:
         """One line of the journal."""
         self.site.events.emit(self.body.domain, kind, text, level)
+
+    # ---- decisions ----
+
+    def carry_through(self, work: Callable[[], Coroutine[Any, Any, None]], name: str) -> None:
+        """One decision at a time, and each ends only when it is done: whatever fails in between is told and gone on
+        with from the records (`go_on`). While one is under way, another call is that one."""
+        if self.deciding is not None and not self.deciding.done():
+            return
+
+        async def until_done() -> None:
+            step = work
+            while True:
+                try:
+                    await step()
+                    return
+                except Exception as error:
+                    log.exception("%s failed", name)
+                    self.event("alarm", f"{name}: {error}; going on from the records", "alarm")
+                    await asyncio.sleep(1.0)
+                    step = self.go_on
+
+        self.deciding = self.site.spawn(until_done(), name)
+
+    async def stop_deciding(self) -> None:
+        """An operator's override takes the place of what was being decided."""
+        if self.deciding is not None:
+            self.deciding.cancel()
+            await asyncio.gather(self.deciding, return_exceptions=True)
+
+    async def go_on(self) -> None:
+        """The next step by the newest record alone."""
+        raise AssertionError("lived by Primary and Standby")
 
     # ---- QEMU and gate ----
 
@@ -203,8 +253,9 @@ class Life:
         address = self.body.links[0].peer
         users = self.site.route_users.setdefault(address, set())
         if await network.set_quickack(address, True):
-            self.body.route_changed = True
-            await self.save()
+            self.site.routes_changed.add(address)
+        self.body.route_changed = address in self.site.routes_changed
+        await self.save()
         users.add(self.body.uuid)
 
     async def clear_quickack(self) -> None:
@@ -216,8 +267,10 @@ class Life:
         users.discard(self.body.uuid)
         if users:
             return
-        if self.body.route_changed:
+        if self.body.route_changed or address in self.site.routes_changed:
             await network.set_quickack(address, False)
+            self.site.routes_changed.discard(address)
+        self.body.route_changed = False
 
     def on_note(self, kind: str, fields: dict[str, Any]) -> None:
         """A note of the gate; runs on the loop."""

@@ -18,6 +18,7 @@ KNOWN_BROKEN = {
     10: "there COLO ends as `completed` without return-path and as `failed` with it (Received invalid message 0x0000)",
 }
 CAPABILITIES = ("return-path", "x-colo", "pause-before-switchover", "events")
+STOPS_THE_GUEST = ("pre-switchover", "device", "colo", "failed", "cancelling")
 DEFAULT_MAX_BANDWIDTH_BYTES = 128 << 20
 DEFAULT_CHECKPOINT_DELAY_MS = 20000
 
@@ -68,7 +69,8 @@ class Colo:
             if (await self._migration(qmp)).get("status") in (None, "none", "cancelled", "failed", "completed"):
                 break
             await asyncio.sleep(0.005)
-        if await qmp.status() in ("paused", "postmigrate", "finish-migrate", "colo"):
+        stopped_by_us = ("postmigrate", "finish-migrate", "colo", "paused")
+        if status in STOPS_THE_GUEST and await qmp.status() in stopped_by_us:
             await qmp.attempt("cont")
         await self.reset(qmp)
 

@@ -52,7 +52,7 @@ class Gate:
         self.session = Session(bytes.fromhex(state.key), bytes.fromhex(state.pid))
         self.links: list[Link] = []
         self.own_qemu: Qemu = "unknown"
-        self.disk_error = ""
+        self.disk_error = state.disk_error
         self.peer: Word = Word()
         self.shutdown_ms: float | None = None
         self.shutdown_reason = ""
@@ -107,6 +107,12 @@ class Gate:
     def persist(self) -> None:
         """Write the state file (tmpfs); a restarted gate goes on from it."""
         save(self.state_path, self.state)
+
+    def saw_disk_error(self, what: str) -> None:
+        """Sticky, also over a restart of this gate."""
+        if not self.disk_error:
+            self.disk_error = self.state.disk_error = what
+            self.persist()
 
     @property
     def settings(self) -> Settings:
@@ -205,9 +211,14 @@ class Gate:
         """Send all, hand over all replies. A dead monitor answers every one with an error."""
         replies: dict[int, Message] = {}
         count = len(wanted.commands)
+        if not count:
+            done([])
+            return
 
         def collect(index: int) -> Callable[[Message], None]:
             def on_reply(reply: Message) -> None:
+                if index in replies:
+                    return
                 replies[index] = reply
                 if len(replies) == count:
                     done([replies[i] for i in range(count)])
@@ -269,8 +280,9 @@ class Gate:
         return lambda _events: self._receive(link)
 
     def _receive(self, link: Link) -> None:
-        now_ms = boottime_ms()
-        for datagram in link.receive():
+        datagrams = link.receive()
+        now_ms = boottime_ms()  # after the reading: an arrival may be taken for later than it was, never for earlier
+        for datagram in datagrams:
             heard = self.session.accept(datagram, link.name, now_ms)
             if heard is None or heard.word.role == self.state.role:
                 continue
@@ -318,6 +330,7 @@ class Gate:
             peer_closed=self.peer.closed,
             peer_shutdown_for_ms=0.0 if self.peer_shutdown_ms is None else now_ms - self.peer_shutdown_ms,
             peer_claiming=self.peer.claiming,
+            peer_record=self.peer.record if self.peer.g == self.state.g else "",
             lan_ok=self.lan.ok(now_ms, silent_ms),
         )
 

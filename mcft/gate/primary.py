@@ -28,7 +28,7 @@ from mcft.keepalive import Heard
 from mcft.monitor import Message
 
 MAX_DELAY_MS = 0xFFFFFFFF
-SWITCH_DEADLINE_MS = 8000.0
+SWITCH_DEADLINE_MS = 6000.0
 DISK_ERRORS = ("QUORUM_FAILURE", "QUORUM_REPORT_BAD", "BLOCK_IO_ERROR")
 
 
@@ -97,13 +97,15 @@ class Primary:
             self._apply(self.commit.stop_seen(now_ms), now_ms)
         elif name == "RESUME":
             self._resume_stamp_ms = at_ms
+            # A fresh look at the clock: a release after a stall between reading and here must not rest on an old lease.
+            now_ms = boottime_ms()
             self._apply(self.commit.resume_seen(now_ms), now_ms)
         elif name == "COLO_EXIT":
             self.commit.stream_died(f"COLO_EXIT ({data.get('reason')})")
         elif name == "MIGRATION" and data.get("status") in ("failed", "cancelled", "completed"):
             self.commit.stream_died(f"migration {data['status']}")
         elif name in DISK_ERRORS and self.gate.state.mode == "hold" and not self.commit.dead:
-            self.gate.disk_error = self.gate.disk_error or f"{name} {data.get('node-name', '')} {data.get('error', '')}".strip()
+            self.gate.saw_disk_error(f"{name} {data.get('node-name', '')} {data.get('error', '')}".strip())
             self.commit.stream_died("disk error")
 
     def _apply(self, actions: list[Action], now_ms: float) -> None:
@@ -156,6 +158,7 @@ class Primary:
         elif heard.echo:
             sent_ms = self.gate.session.sent_ms(heard.echo)
             if sent_ms is not None:
+                now_ms = boottime_ms()
                 self._apply(self.commit.lease_renewed(sent_ms, now_ms), now_ms)
         if self._count_epoch and heard.echo >= self._count_after:
             self._apply(self.commit.count_read(word.loads, self._count_epoch, now_ms), now_ms)
@@ -300,7 +303,7 @@ class Primary:
                 return self.commit.stats.acknowledged > before or bool(self.commit.dead)
 
             yield Commands([("migrate-set-parameters", {"x-checkpoint-delay": MAX_DELAY_MS})])
-            yield self.gate.wait(went_on, 4000.0)
+            yield self.gate.wait(went_on, max(0.0, deadline_ms - boottime_ms()))
             yield self.gate.wait(lambda: not self.commit.outstanding or bool(self.commit.dead), 1000.0)
             if self.commit.dead or self.commit.outstanding or self.commit.stats.acknowledged == before:
                 break
@@ -391,7 +394,7 @@ class Primary:
         return 0, self.commit.stats.acknowledged
 
     def closed(self) -> bool:
-        return self.buffer.mode == "closed"
+        return self.gate.state.mode == "closed"
 
     def status(self, now_ms: float) -> dict[str, Any]:
         stats, times = self.commit.stats, self._ack_times

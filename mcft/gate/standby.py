@@ -28,7 +28,7 @@ class Standby:
         self.take_ms = Samples()
         self._load_ms = boottime_ms()
         self._dead = ""
-        self._following = True
+        self._following = gate.state.record in ("preparing", "armed")
         self._armed_echo_ms = float("-inf")  # when the newest keepalive that we answered with `armed` had arrived
         self._no_echo_until_ms = float("-inf")
         self._took = self._flushed = False
@@ -36,7 +36,7 @@ class Standby:
 
     def started(self) -> None:
         """A restarted gate does not know what its dead predecessor echoed last: T after now, it has expired."""
-        if self.gate.state.serial and self.gate.state.record == "armed":
+        if self.gate.state.serial:
             self._no_echo_until_ms = boottime_ms() + self.gate.state.loss_ms
         self.gate.state.serial += 1
         self.gate.persist()
@@ -65,17 +65,19 @@ class Standby:
         elif name == "MIGRATION" and data.get("status") in ("failed", "cancelled"):
             self._dead = self._dead or f"migration {data['status']}"
         elif name in ("BLOCK_IO_ERROR", "QUORUM_FAILURE", "QUORUM_REPORT_BAD") and self._following:
-            if not self.gate.disk_error:
-                self.gate.disk_error = f"{name} {data.get('node-name', '')}".strip()
-                self.gate.control.note("not-whole", reason=self.gate.disk_error)
+            self.gate.saw_disk_error(f"{name} {data.get('node-name', '')}".strip())
+            self.gate.control.note("not-whole", reason=self.gate.disk_error)
 
     def on_heard(self, heard: Heard, now_ms: float) -> None: ...
 
     def before_send(self, now_ms: float) -> None:
         """What we are about to echo with `armed` is what the primary's lease may rest on: remember when it came in."""
         state = self.gate.state
-        if state.record == "armed" and not state.claiming and self.gate.session.peer_counter:
-            self._armed_echo_ms = max(self._armed_echo_ms, self.gate.session.peer_heard_ms)
+        if state.record == "armed" and not state.claiming:
+            # An echo given to a newcomer that has not proven itself yet counts from now: its arrival was not noted.
+            proven = self.gate.session.peer_counter and not self.gate.session.echoes_newcomer
+            heard_ms = self.gate.session.peer_heard_ms if proven else now_ms
+            self._armed_echo_ms = max(self._armed_echo_ms, heard_ms)
 
     def obey(self, verdict: Verdict, now_ms: float) -> None:
         """A claim: from now on we no longer say armed, whatever comes, until the agent withdraws it."""

@@ -48,6 +48,7 @@ class GateState(msgspec.Struct):
     delay_ms: float = 100.0
     lan_check: list[str] = []
     claiming: bool = False
+    disk_error: str = ""
     serial: int = 0
     limit_bytes: int = 64 * 1024 * 1024
 

@@ -1,0 +1,214 @@
+"""The standby's copy: built piece by piece as steps with their undo, from what the primary's agent asked."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+from typing import Any
+
+from mcft import diskreplica
+from mcft.agent import domainxml, hook, model, network
+from mcft.agent.process import run
+from mcft.agent.site import Life
+from mcft.agent.steps import Step
+from mcft.diskreplica import Disk
+from mcft.errors import Failed, Refused
+from mcft.gate.state import GateState, LinkSpec, process_start
+from mcft.generations import Kind
+from mcft.libvirt_bridge import DomainInfo
+from mcft.qmp_passthrough import add_monitor
+
+
+class Copy(Life):
+    """The steps. `request` is what the primary sent; kept only while the copy is built."""
+
+    side = "standby"
+    request: model.Prepare
+    _creating: asyncio.Future[DomainInfo] | None = None
+
+    def steps(self) -> list[Step[Copy]]:
+        """The copy, piece by piece."""
+        return [
+            Step("write down the intention", Copy._intend, Copy._forget),
+            Step("let the copy start, and nothing else", Copy._ban, Copy._unban),
+            Step("make room for the disks", Copy._make_files, Copy._remove_files),
+            Step("start the copy, waiting", Copy._create, Copy._destroy),
+            Step("silence its NICs", Copy._silence),
+            Step("add its monitor", Copy._add_monitor, Copy._remove_monitor),
+            Step("put replication over its disks", Copy._replicate),
+            Step("quick acknowledgements", Copy.set_quickack, Copy.clear_quickack),
+            Step("start its gate", Copy._start_gate, Copy._end_gate),
+            Step("listen for the stream", Copy._listen),
+        ]
+
+    async def prepare(self) -> model.Prepared:
+        """Build the copy. Raises what failed, everything undone."""
+        await self.site.runner.run(self.steps(), self)
+        self.to_state("syncing")
+        await self.save()
+        return model.Prepared(
+            self.site.config.listen_addresses[0], self.body.mig_port, self.body.nbd_port, self.body.links[0].local_port,
+            dict(self.site.versions),
+        )  # fmt: skip
+
+    async def _intend(self) -> None:
+        self.to_state("preparing")
+        await self.save()
+        await self.record(Kind.PREPARING)
+
+    async def _forget(self) -> None:
+        await self.site.store.delete(self.body.uuid)
+
+    async def _ban(self) -> None:
+        self.site.markers.ban(self.body.uuid, f"standby of {self.body.peer}")
+        self.site.markers.grant(self.body.uuid, self.body.pid, self.body.g, "standby")
+
+    async def _unban(self) -> None:
+        self.site.markers.forget(self.body.uuid)
+
+    async def _make_files(self) -> None:
+        """An empty file per disk; one that exists is only overwritten with a reason (`protocol.md`, "A receiver…")."""
+        for disk in self.request.disks:
+            path = self.body.disk_paths.get(disk.target, disk.path)
+            if os.path.exists(path):
+                self._may_overwrite(disk, path)
+            else:
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                self.body.created_files.append(path)
+            await self.save()
+            temporary = f"{path}.mcft-new"
+            await run("qemu-img", "create", "-q", "-f", disk.format, temporary, str(disk.size_bytes))
+            self._reserve(disk, temporary)
+            if os.path.exists(path):
+                stat = os.stat(path)
+                os.chown(temporary, stat.st_uid, stat.st_gid)
+                os.chmod(temporary, stat.st_mode & 0o7777)
+            os.replace(temporary, path)
+
+    def _reserve(self, disk: Disk, path: str) -> None:
+        free = shutil.disk_usage(os.path.dirname(path)).free
+        if free < disk.size_bytes // 20 and free < 64 << 20:
+            os.unlink(path)
+            raise Refused("no-room", f"no room for disk {disk.target} in {os.path.dirname(path)}", f"{free >> 20} MiB are free")
+
+    def _may_overwrite(self, disk: Disk, path: str) -> None:
+        label_path = os.path.join(self.site.config.state_dir, "labels", self.body.uuid, disk.target)
+        label = ""
+        if os.path.exists(label_path):
+            with open(label_path, encoding="utf-8") as file:
+                label = file.read()
+        ours = label.rstrip().endswith(f" {path}") and label.split()[0].split("(")[0] in ("stale", "syncing", "bad", "following")
+        if ours or path in self.request.overwrite:
+            return
+        raise Refused(
+            "file-exists",
+            f"{path} exists on {self.site.config.name}, and mcft does not know it as an old copy of disk {disk.target}",
+            "protecting would overwrite it",
+            f"if it may be lost: --overwrite {path}",
+        )
+
+    async def _remove_files(self) -> None:
+        diskreplica.remove_overlay_files(self.body.disks, self.body.g)
+        for path in self.body.created_files:
+            if os.path.exists(path):
+                os.unlink(path)
+        folder = os.path.join(self.site.config.state_dir, "labels", self.body.uuid)
+        if self.body.created_files and os.path.isdir(folder):
+            shutil.rmtree(folder)
+
+    async def _create(self) -> None:
+        xml = domainxml.standby(self.request.xml, self.body.disk_paths)
+        # A cancelled wait does not call libvirt's thread back: its domain would appear after our undo.
+        self._creating = asyncio.ensure_future(self.site.host.create_paused(xml))
+        info = await asyncio.shield(self._creating)
+        start = process_start(info.qemu_pid)
+        if not info.qemu_pid or start is None:
+            raise Failed("standby-qemu", f"the copy of {self.body.domain} started, but its QEMU can't be found")
+        self.body.qemu_pid, self.body.qemu_start, self.body.boot_id = info.qemu_pid, start, hook.boot_id()
+        if refusal := await self.engine.unsupported(self.qmp):
+            raise Refused("engine", f"{self.site.config.name} can't follow {self.body.domain}", refusal)
+        await self.save()
+
+    async def _destroy(self) -> None:
+        """Whatever runs under this uuid here is the copy, until it has taken over: nothing did before it was made."""
+        if self.ledger.newest is Kind.TAKEN:
+            return
+        if self._creating is not None:
+            await asyncio.gather(self._creating, return_exceptions=True)
+        self.kill_qemu()
+        info = await self.site.host.find(self.body.uuid)
+        if info is not None and info.running:
+            await self.qemu_gone(2.0 if self.body.qemu_pid else 0.0)
+
+    async def _silence(self) -> None:
+        xml = await self.site.host.xml(self.body.uuid)
+        self.body.nics = domainxml.nics(xml, False)
+        for nic in self.body.nics:
+            await network.silence(nic.target)
+
+    async def _add_monitor(self) -> None:
+        await add_monitor(self.qmp, self.monitor_path())
+
+    async def _remove_monitor(self) -> None:
+        if os.path.exists(self.monitor_path()):
+            os.unlink(self.monitor_path())
+
+    async def _replicate(self) -> None:
+        found = []
+        xml_disks = {d.target: d for d in domainxml.disks(await self.site.host.xml(self.body.uuid))}
+        for disk in self.request.disks:
+            here = xml_disks[disk.target]
+            drive = await diskreplica.drive_of(self.qmp, here.alias)
+            if drive is None:
+                raise Failed("standby-disk", f"disk {disk.target} of the copy has no medium")
+            qom, inserted = drive
+            found.append(Disk(disk.target, qom, inserted["node-name"], disk.size_bytes, here.path, here.format, disk.direct))
+        self.body.disks = found
+        self.body.overlays_g = 0
+        await self.save()
+        owner = os.stat(f"/proc/{self.body.qemu_pid}")
+        for disk in found:
+            for layer in diskreplica.OVERLAYS:
+                path = diskreplica.overlay_path(disk, layer, self.body.g)
+                if os.path.exists(path):
+                    os.unlink(path)
+                await run("qemu-img", "create", "-q", "-f", "qcow2", path, str(disk.size_bytes))
+                os.chown(path, owner.st_uid, owner.st_gid)
+        address = self.site.config.listen_addresses[0]
+        self.body.nbd_port = self.site.take_port(address, udp=False)
+        await diskreplica.prepare_secondary(self.qmp, found, self.body.g, address, self.body.nbd_port)
+        self._label()
+
+    async def _start_gate(self) -> None:
+        await self.gate.create(self._gate_state())
+
+    def _gate_state(self) -> GateState:
+        return GateState(
+            self.body.uuid, self.body.domain, self.body.pid, self.body.g, "standby", self.body.key, self.monitor_path(),
+            self.body.qemu_pid, self.body.qemu_start, self.body.links, record="preparing", mode="closed", buffer="none",
+            nics=self.body.nics, silenced=[n.target for n in self.body.nics], loss_ms=self.site.config.loss_ms,
+            delay_ms=self.body.delay_ms, lan_check=list(self.site.config.lan_check),
+        )  # fmt: skip
+
+    async def _end_gate(self) -> None:
+        await self.gate.end()
+
+    async def _listen(self) -> None:
+        address = self.site.config.listen_addresses[0]
+        self.body.mig_port = self.site.take_port(address, udp=False)
+        await self.engine.listen(self.qmp, address, self.body.mig_port)
+
+
+def make_body(request: model.Prepare, config: Any, peer: str) -> model.Body:
+    """A standby's body from what the primary asked; links from our addresses to the peer's, in the same order."""
+    addresses = config.peers[peer].addresses
+    links = [
+        LinkSpec(local, 0, remote, port)
+        for local, remote, port in zip(config.listen_addresses, addresses, request.primary_ports, strict=False)
+    ]
+    return model.Body(
+        request.uuid, request.domain, request.pid, request.g, "standby", peer, engine="colo", delay_ms=request.delay_ms,
+        key=request.key, xml=request.persistent_xml, autostart=request.autostart, disk_paths=dict(request.disk_paths),
+        links=links, buffer="none",
+    )  # fmt: skip

@@ -1,0 +1,333 @@
+"""The primary's decisions: arming, and what follows each verdict of its gate, until one side alone may run the guest.
+
+Every decision is carried through: one at a time per protection, whatever fails in between is told and gone on with
+from the records (`Life.carry_through`). Only exactly given-up(g) or taken(g) of the standby mean anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import Any
+
+from mcft import diskreplica, generations
+from mcft.agent import model
+from mcft.agent.setup import STANDBYS_SIDE, OnStep, Setup
+from mcft.agent.site import boottime_ms, log, peer_ledger
+from mcft.errors import Failed, McftError, TimedOut
+from mcft.generations import Kind
+
+PULL_EVERY_S = 0.2
+DECIDED_WITHIN_S = 20.0
+UNDECIDED = (Kind.ARMING, Kind.PROTECTED, Kind.DIED, Kind.RESIGNED)
+
+
+class Deciding(Setup):
+    """From `arming` on: only given-up(g) or a won generation opens the buffer."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._stopped = asyncio.Event()
+        self.stopped_detail = -1
+
+    # ---- arming ----
+
+    async def protect(self, on_step: OnStep) -> None:
+        """From a running domain to `protected`. Raises what failed, with everything undone (or what remains said)."""
+        self.on_step = on_step
+        await self.site.runner.run(self.steps(), self, on_step)
+        on_step("arm the standby", None)
+        try:
+            await self._arm()
+        except BaseException as error:
+            await self._arming_failed(error)
+            raise
+        self.body.failures, self.body.manual, self.body.previous = 0, "", ""
+        self.to_state("protected")
+        await self.save()
+
+    async def _arm(self) -> None:
+        """arming(g) → ARM → armed(g) → protected(g). From the first record on, opening needs given-up or a win."""
+        await self.record(Kind.ARMING)
+        await self.gate.insist("update", record="arming")
+        answer = await self.site.ask(self.body.peer, "arm", self.about(), model.Answer, 10.0)
+        if answer.kind != Kind.ARMED.value:
+            said = answer.detail or f"it said {answer.kind or 'nothing'}"
+            raise Failed("not-armed", f"{self.body.peer} did not arm", said)
+        await self.record(Kind.PROTECTED)
+        await self.gate.insist("update", record="protected")
+
+    async def _arming_failed(self, error: BaseException) -> None:
+        """Undo freely if nothing was recorded; otherwise the standby has to give up first."""
+        log.warning("%s: arming failed: %r", self.body.domain, error)
+        if self.ledger.newest is Kind.PREPARING:
+            await self.site.runner.undo_all(self.steps(), self)
+            return
+        self.decide(lambda: self._resolve(f"arming failed: {error}"), "undo arming")
+        await self._decided()
+
+    def decide(self, work: Any, name: str) -> None:
+        """Begin a decision; where one is under way, that one is it."""
+        self.carry_through(work, f"{name} {self.body.domain}")
+
+    async def _decided(self) -> None:
+        """Wait for the decision. Raises: TimedOut (it goes on, the guest muted meanwhile)."""
+        assert self.deciding is not None
+        try:
+            await asyncio.wait_for(asyncio.shield(self.deciding), DECIDED_WITHIN_S)
+        except TimeoutError:
+            raise TimedOut(
+                "standby-silent", f"{self.body.peer} has not answered yet; {self.body.domain} is muted", self.body.reason,
+                f"if {self.body.peer} is certainly off: mcft solo {self.body.domain} --peer-is-off",
+            ) from None  # fmt: skip
+
+    async def go_on(self) -> None:
+        """The next step by the newest record alone."""
+        newest = self.ledger.newest
+        if self.ledger.won:
+            await self.adopt_won()
+        elif newest is Kind.LOST:
+            await self._lose(None)
+        elif newest is Kind.ENDED:
+            await self._ended(self.body.reason or "the guest was ended")
+        elif newest in UNDECIDED:
+            await self._resolve(self.body.reason or f"going on from {newest.value if newest else ''}")
+
+    # ---- verdicts ----
+
+    def on_note(self, kind: str, fields: dict[str, Any]) -> None:
+        if kind == "connected":
+            if fields.get("acknowledged"):
+                self._acknowledged.set()
+            if fields.get("verdict"):
+                self._verdict(fields["verdict"])
+        elif kind == "acknowledged":
+            self._acknowledged.set()
+        elif kind == "verdict":
+            self._verdict(fields)
+        elif kind == "alarm":
+            self.event("alarm", fields["reason"], "alarm")
+        elif kind == "stalled":
+            self.event("stalled", "this host's watcher was itself stalled; the silence it saw does not count", "warning")
+        elif kind == "qemu" and fields["event"] in ("COLO_EXIT", "QUORUM_FAILURE", "QUORUM_REPORT_BAD"):
+            said = fields["data"].get("reason") or fields["data"].get("error", "")
+            self.event("stream", f"{fields['event']} {said}", "warning")
+
+    def _verdict(self, verdict: dict[str, Any]) -> None:
+        # Before arming, the set-up and its undo look at the stream themselves.
+        if self.ledger.newest in (Kind.ARMING, Kind.PROTECTED, Kind.DIED):
+            self.decide(lambda: self._after(verdict), verdict["act"])
+
+    async def _after(self, verdict: dict[str, Any]) -> None:
+        act, reason = verdict["act"], verdict["reason"]
+        self.event("verdict", f"{act}: {reason}", "warning")
+        if act == "break" and reason.startswith("disk error"):
+            self.site.spawn(self._was_disk_error(reason), f"disk error of {self.body.domain}")
+        if act == "hung":
+            await self.record(Kind.DIED, detail=reason)
+            await self.gate.insist("kill")
+        elif act == "ended":
+            if await self._was_intended(verdict.get("shutdown", "")):
+                await self._ended("the guest was shut down")
+                return
+            await self.record(Kind.DIED, detail=reason)
+        elif act == "died":
+            await self.record(Kind.DIED, detail=reason)
+        self.body.quick_return = True
+        await self._resolve(reason)
+
+    async def _was_disk_error(self, reason: str) -> None:
+        """A failed write is a disk error unless the standby's QEMU or the link turns out to be gone.
+
+        A disk error is sticky: no protecting again by itself.
+        """
+        deadline_ms = boottime_ms() + 2 * self.site.config.loss_ms
+        while boottime_ms() < deadline_ms and self.gate.connected:
+            try:
+                status = await self.gate.ask("status", 1.0)
+            except Failed:
+                break
+            age_ms = status["links"][0]["age_ms"]
+            if status["peer"]["qemu"] == "gone" or age_ms is None or age_ms > self.site.config.loss_ms:
+                return
+            await asyncio.sleep(0.02)
+        self.body.manual = reason
+        await self.save()
+        self.event("disk", f"{reason}: not protected again by itself; mend it, then: mcft protect", "alarm")
+
+    async def _was_intended(self, shutdown_reason: str) -> bool:
+        """A guest's own reason, or libvirt saying `destroyed` (`protocol.md`, "Intended ends")."""
+        if shutdown_reason.startswith("guest-") or shutdown_reason == "host-qmp-quit":
+            return True
+        try:
+            await asyncio.wait_for(self._stopped.wait(), 2.5)
+        except TimeoutError:
+            return False
+        return self.stopped_detail == 1  # VIR_DOMAIN_EVENT_STOPPED_DESTROYED
+
+    def lifecycle(self, event: str, detail: int) -> None:
+        """libvirt's lifecycle event of this domain."""
+        if event == "stopped":
+            self.stopped_detail = detail
+            self._stopped.set()
+        elif event == "started":
+            self._stopped.clear()
+
+    async def _resolve(self, reason: str) -> None:
+        """Pull the standby's word until it is given-up (solo) or taken (lost). Anything else: muted.
+
+        A primary whose QEMU is gone says so: then the standby takes over instead of giving up.
+        """
+        while True:
+            known, said = None, ""
+            try:
+                known = await self.site.ask(self.body.peer, "give-up", self.about(reason), model.Records, 2.0)
+                said = f"{self.body.peer} says {known.state or 'nothing'}"
+            except McftError as error:
+                said = str(error)
+            verdict = generations.verdict_on_peer_records(self.ledger, peer_ledger(known) if known else None)
+            if verdict == "solo":
+                await self.go_solo(reason)
+                return
+            if verdict == "lost":
+                await self._lose(known)
+                return
+            if self.body.state != "muted":
+                self.to_state("muted", f"{reason}; {said}")
+                await self.save()
+            await asyncio.sleep(PULL_EVERY_S)
+
+    # ---- won ----
+
+    async def go_solo(self, reason: str, override: str = "") -> None:
+        """solo(g) on disk → QEMU lets go of its standby → spoken on disk → the buffer opens → everything undone."""
+        if self.ledger.newest is Kind.LOST:
+            await self.record(Kind.TAKEN, self.body.g + 1, reason)
+        else:
+            await self.record(Kind.SOLO, detail=override or reason)
+        if override:
+            self.body.manual = override
+        if not self.qemu_alive():
+            await self.record(Kind.SPOKEN, self.ledger.owned)
+            self.to_state("stopped", f"{reason}; the guest is down, its disk here is the truth")
+            await self._free()
+            await self.save()
+            await self._clean_up_dead()
+            return
+        await self._leave()
+        await self.record(Kind.SPOKEN, self.ledger.owned)
+        await self.gate.insist("update", record="solo")
+        await self.gate.insist("open", because="solo")
+        self.body.next_try_boottime_ms = boottime_ms()
+        self.to_state("solo", reason)
+        await self.save()
+        await self._free()
+        await self.dismantle_all()
+
+    async def _leave(self) -> None:
+        """QEMU goes on alone: read back that it runs. Raises: Failed."""
+        targets = [disk.target for disk in self.body.disks]
+        commands = [*self.engine.leave_commands(), *diskreplica.drop_replication_commands(targets)]
+        await self.gate.qmp([*commands, {"execute": "query-status"}])
+        status = ""
+        for _ in range(400):
+            replies = await self.gate.qmp([{"execute": "query-status"}])
+            status = str(replies[0].get("return", {}).get("status"))
+            if status == "running":
+                return
+            if status in ("paused", "colo", "finish-migrate", "postmigrate"):
+                await self.gate.qmp([*self.engine.leave_commands(), {"execute": "cont"}])
+            await asyncio.sleep(0.005)
+        raise Failed("leave", f"QEMU does not go on alone (it says '{status}')", "", "look at: virsh domstate; mcft events")
+
+    async def _free(self) -> None:
+        """This side owns the newest generation: it may start here again, also by itself."""
+        self.site.markers.free(self.body.uuid)
+        if self.body.autostart and (info := await self.site.host.find(self.body.uuid)) is not None and info.persistent:
+            await self.site.host.set_autostart(self.body.uuid, True)
+
+    async def dismantle_all(self) -> None:
+        """The set-up backwards, without what a solo guest keeps and the standby's own (it cleans up itself)."""
+        done = {step.name for step in self.steps()} - set(STANDBYS_SIDE)
+        await self.site.runner.undo_all(self.steps(), self, done)
+
+    async def _clean_up_dead(self) -> None:
+        await self.gate.end()
+        await self.clear_quickack()
+        await self._remove_monitor()
+
+    async def adopt_won(self) -> None:
+        """This side owns g + 1. What a cut-off solo or take-over had left to do is done; then: does the guest run?"""
+        if self.ledger.side == "standby":
+            if self.qemu_alive() and self.body.overlays_g:
+                await self.commit_online()
+        elif not self.qemu_alive():
+            if not self.ledger.spoken:
+                await self.record(Kind.SPOKEN, self.ledger.owned)
+            await self._clean_up_dead()
+            await self._free()
+        elif self.body.state not in ("solo", "unprotected", "stopped") or os.path.exists(self.gate.state_path):
+            if not self.ledger.spoken:
+                await self.gate.adopt()
+                await self._leave()
+                await self.record(Kind.SPOKEN, self.ledger.owned)
+            self.to_state("solo", self.body.reason)
+            await self._free()
+            await self.dismantle_all()
+        await self.look()
+
+    # ---- lost, ended ----
+
+    async def _lose(self, known: model.Records | None) -> None:
+        """taken(g) stands on the other side. The guest here stays muted until that one has spoken; then it ends."""
+        await self.record(Kind.LOST)
+        self.to_state("lost", f"{self.body.peer} took over")
+        while known is None or not peer_ledger(known).spoken:
+            if known is not None and peer_ledger(known).resigned_win:
+                await self.go_solo(f"{self.body.peer} could not run its copy and gave its win back")
+                return
+            await asyncio.sleep(0.05)
+            try:
+                known = await self.site.ask(self.body.peer, "state", self.about(), model.Records, 2.0)
+            except McftError as error:
+                log.info("waiting until %s has spoken: %s", self.body.peer, error)
+        await self._give_way()
+
+    async def _give_way(self) -> None:
+        """End what is left of the guest here; its definition goes too (kept in the state directory), the ban stays."""
+        self.kill_qemu()
+        await self.qemu_gone()
+        await self._clean_up_dead()
+        info = await self.site.host.find(self.body.uuid)
+        if info is not None and info.persistent:
+            keep = os.path.join(self.site.config.state_dir, "definitions")
+            os.makedirs(keep, exist_ok=True)
+            with open(os.path.join(keep, f"{self.body.domain}.xml"), "w", encoding="utf-8") as file:
+                file.write(await self.site.host.xml(self.body.uuid, inactive=True))
+            await self.site.host.undefine(self.body.uuid)
+        self.event("lost", f"{self.body.domain} runs on {self.body.peer}; nothing of it runs here", "warning")
+        await self.save()
+
+    async def _ended(self, why: str) -> None:
+        """An intended end: no take-over; the record stays, and starting the guest again protects it again.
+
+        Only a standby that says ended, given-up or lost has let go; one that took over meanwhile keeps the guest.
+        """
+        await self.record(Kind.ENDED, detail=why)
+        self.to_state("stopped", why)
+        await self.save()
+        while True:
+            try:
+                answer = await self.site.ask(self.body.peer, "ended", self.about(why), model.Answer, 10.0)
+                if answer.kind == Kind.TAKEN.value:
+                    self.to_state("lost", f"{self.body.peer} took over before it heard that the guest was shut down")
+                    await self._give_way()
+                    return
+                if answer.kind in (Kind.ENDED.value, Kind.GIVEN_UP.value, Kind.LOST.value, ""):
+                    break
+            except McftError as error:
+                log.info("telling %s that %s has ended: %s", self.body.peer, self.body.domain, error)
+            await asyncio.sleep(1.0)
+        await self._free()
+        await self._clean_up_dead()
+        await self.look()

@@ -1,0 +1,232 @@
+"""Protecting, as steps with their undo: what a primary's host and its QEMU are given, one thing after the other."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+from collections.abc import Callable
+from typing import Any
+
+from mcft import diskreplica, filterbuffer, generations
+from mcft.agent import domainxml, hook, model
+from mcft.agent.site import Life, boottime_ms, log
+from mcft.agent.steps import Step
+from mcft.errors import Failed, Refused, Unreachable
+from mcft.gate.state import GateState, LinkSpec, process_start
+from mcft.generations import Kind, Ledger
+from mcft.qmp_passthrough import add_monitor, remove_monitor
+
+SWITCHOVER_DEADLINE_S = 600.0
+FIRST_CHECKPOINT_DEADLINE_S = 30.0
+OnStep = Callable[[str, float | None], None]
+STANDBYS_SIDE = ("write down the intention", "ban unguarded starts", "prepare the standby")
+
+
+class Setup(Life):
+    """The steps. What is decided once they are done is `protection.Primary`'s."""
+
+    side = "primary"
+    on_step: OnStep = staticmethod(lambda _text, _progress: None)
+
+    def __init__(self, site: Any, body: model.Body, ledger: Ledger) -> None:
+        super().__init__(site, body, ledger)
+        self._acknowledged = asyncio.Event()
+        self._graph = asyncio.Lock()  # one hand at a time on the domain's block graph
+
+    def about(self, detail: str = "") -> model.About:
+        """This instance, as a question to the peer."""
+        return model.About(
+            self.body.uuid, self.body.pid, self.body.g, self.body.domain, detail, qemu_runs=self.qemu_alive()
+        )
+
+    def steps(self) -> list[Step[Setup]]:
+        """Protecting, in order; unprotecting and going solo are the same list backwards (from `the standby` on)."""
+        return [
+            Step("write down the intention", Setup._intend),
+            Step("ban unguarded starts", Setup._ban, Setup._unban),
+            Step("prepare the standby", Setup._prepare_standby, Setup._discard_standby, undo_timeout_s=60.0),
+            Step("add the monitor", Setup._add_monitor, Setup._remove_monitor),
+            Step("quick acknowledgements", Setup.set_quickack, Setup.clear_quickack),
+            Step("start the gate", Setup._start_gate, Setup._end_gate),
+            Step("attach the network buffer", Setup._attach, Setup._detach),
+            Step("put quorum over the disks", Setup._interpose, Setup._restore_disks),
+            Step("copy the disks", Setup._copy, Setup._dismantle),
+            Step("copy the memory and switch over", Setup._switch_over, Setup._abort),
+            Step("wait for the first checkpoint", Setup._first_checkpoint),
+        ]
+
+    async def _intend(self) -> None:
+        self.to_state("preparing")
+        await self.save()
+        await self.record(Kind.PREPARING)
+
+    async def _ban(self) -> None:
+        self.site.markers.ban(self.body.uuid, f"protected, standby on {self.body.peer}")
+        if self.body.autostart:
+            await self.site.host.set_autostart(self.body.uuid, False)
+
+    async def _unban(self) -> None:
+        if self.body.autostart and (info := await self.site.host.find(self.body.uuid)) is not None and info.persistent:
+            await self.site.host.set_autostart(self.body.uuid, True)
+        self.site.markers.forget(self.body.uuid)
+
+    async def _prepare_standby(self) -> None:
+        body, config = self.body, self.site.config
+        port = self.site.take_port(config.listen_addresses[0], udp=True)
+        peer = config.peers[body.peer]
+        pairs = list(zip(config.listen_addresses, peer.addresses, strict=False))
+        request = model.Prepare(
+            body.uuid, body.domain, body.pid, body.g, body.key, body.delay_ms, body.engine, config.loss_ms,
+            await self.site.host.xml(body.uuid, migratable=True), body.xml, body.autostart, body.disks,
+            [port] * len(pairs), body.disk_paths, body.overwrite, body.g - 1, self.site.versions.get("qemu", ""), body.buffer,
+        )  # fmt: skip
+        prepared = await self.site.ask(body.peer, "prepare", request, model.Prepared, 90.0)
+        body.links = [LinkSpec(local, port, remote, prepared.keepalive_port) for local, remote in pairs]
+        body.mig_port, body.nbd_port = prepared.mig_port, prepared.nbd_port
+        body.peer_versions = prepared.versions
+        self.to_state("syncing")
+        await self.save()
+
+    async def _discard_standby(self) -> None:
+        """Before arming, and after given-up: the standby's side is nothing any more."""
+        try:
+            await self.site.ask(self.body.peer, "discard", self.about(), model.Answer, 45.0)
+        except Unreachable:
+            # It discards by itself when it comes back and asks: this instance is unknown here then.
+            log.warning("%s is away; it will discard its copy of %s when it asks", self.body.peer, self.body.domain)
+
+    async def _add_monitor(self) -> None:
+        await add_monitor(self.qmp, self.monitor_path())
+
+    async def _remove_monitor(self) -> None:
+        if await self._qemu_here():
+            await remove_monitor(self.qmp, self.monitor_path())
+        elif os.path.exists(self.monitor_path()):
+            os.unlink(self.monitor_path())
+
+    async def _qemu_here(self) -> bool:
+        return self.qemu_alive() and (await self.site.host.info(self.body.uuid)).running
+
+    async def _start_gate(self) -> None:
+        body, config = self.body, self.site.config
+        await self.gate.create(
+            GateState(
+                body.uuid, body.domain, body.pid, body.g, "primary", body.key, self.monitor_path(), body.qemu_pid,
+                body.qemu_start, body.links, record="preparing", mode="pass", buffer=body.buffer, nics=body.nics,
+                loss_ms=config.loss_ms, delay_ms=body.delay_ms, lan_check=list(config.lan_check),
+            )  # fmt: skip
+        )
+
+    async def _end_gate(self) -> None:
+        """A gate that must not open is kept; filters that a dead one left are taken away, or they would drop everything."""
+        if refusal := generations.may_open_primary(self.ledger):
+            raise Refused("may-not-open", "the gate is kept, its buffer closed", refusal)
+        await self.gate.end()
+        if self.body.buffer == "filter" and await self._qemu_here():
+            objects = [row["name"] for row in await self.qmp.execute("qom-list", path="/objects")]
+            chardevs = [row["label"] for row in await self.qmp.execute("query-chardev")]
+            for command, arguments in filterbuffer.detach_commands(objects, chardevs):
+                await self.qmp.attempt(command, **arguments)
+
+    async def _attach(self) -> None:
+        await self.gate.ask("attach")
+
+    async def _detach(self) -> None:
+        """Only where the protocol lets the buffer open; everything held leaves in order first."""
+        if not os.path.exists(self.gate.state_path) or not self.qemu_alive():
+            return
+        if refusal := generations.may_open_primary(self.ledger):
+            raise Refused("may-not-open", "the network buffer stays closed", refusal)
+        because = "solo" if self.ledger.won else self.ledger.newest.value if self.ledger.newest else "preparing"
+        await self.gate.insist("open", because=because)
+        try:
+            await self.gate.insist("detach")
+        finally:
+            if await self._qemu_here() and await self.qmp.status() == "paused":
+                await self.qmp.execute("cont")
+
+    async def _interpose(self) -> None:
+        async with self._graph:
+            await diskreplica.interpose(self.qmp, self.body.disks)
+
+    async def _restore_disks(self) -> None:
+        async with self._graph:
+            if await self._qemu_here():
+                await diskreplica.restore(self.qmp, self.body.disks)
+
+    def _peer_address(self) -> str:
+        return self.body.links[0].peer
+
+    async def _copy(self) -> None:
+        await diskreplica.start_mirrors(self.qmp, self.body.disks, self._peer_address(), self.body.nbd_port)
+        await diskreplica.mirrors_ready(
+            self.qmp, self.body.disks, lambda progress: self.on_step("copy the disks", round(progress, 3))
+        )
+
+    async def _dismantle(self) -> None:
+        if await self._qemu_here():
+            await diskreplica.dismantle_copy(self.qmp, self.body.disks)
+
+    async def _switch_over(self) -> None:
+        """Mirrors run until the guest stands still; then hold, swap, go on. A deadline: a lost standby says nothing."""
+        body = self.body
+        bandwidth = self.site.config.max_bandwidth_bytes or (1 << 40)
+        await self.engine.start(self.qmp, self._peer_address(), body.mig_port, body.delay_ms, bandwidth)
+        deadline_ms = boottime_ms() + SWITCHOVER_DEADLINE_S * 1000
+        while not await self.engine.switchover_reached(self.qmp):
+            if boottime_ms() > deadline_ms:
+                raise Failed("switch-over", "the memory could not be copied: the guest dirties it faster than the link carries it")
+            await asyncio.sleep(0.004)
+        await self.gate.ask("hold")
+        await diskreplica.swap_to_replication(self.qmp, body.disks, self._peer_address(), body.nbd_port)
+        await self.gate.ask("update", yank=diskreplica.yank_instances(body.disks))
+        await self.engine.begin_checkpoints(self.qmp)
+
+    async def _abort(self) -> None:
+        if not await self._qemu_here():
+            return
+        if self.gate.connected:
+            # Whatever waits in a dead stream is woken first, or QEMU's main loop may not answer.
+            await self.gate.ask("yank")
+        await self.engine.abort(self.qmp)
+
+    async def _first_checkpoint(self) -> None:
+        """The guest's output waits for it, so it is asked for at once: setting the delay again starts a checkpoint."""
+        try:
+            async with asyncio.timeout(FIRST_CHECKPOINT_DEADLINE_S):
+                while await self.qmp.status() not in ("running", "colo"):
+                    await asyncio.sleep(0.002)
+                delay = {"x-checkpoint-delay": self.body.delay_ms}
+                await self.gate.qmp([{"execute": "migrate-set-parameters", "arguments": delay}])
+                await self._acknowledged.wait()
+        except TimeoutError:
+            raise Failed(
+                "no-checkpoint", f"no checkpoint was acknowledged within {FIRST_CHECKPOINT_DEADLINE_S:g} s",
+                "the standby's QEMU hangs or the link is gone",
+            ) from None  # fmt: skip
+        status = await self.gate.ask("status")
+        if status["disk_error"] or status["stream_dead"]:
+            raise Failed("stream", f"the stream broke at once: {status['disk_error'] or status['stream_dead']}")
+
+
+async def make_body(site: Any, request: Any, g: int) -> model.Body:
+    """Look at the running domain: what is to be protected. Raises: NotFound, Refused; changes nothing."""
+    info = await site.host.info(request.domain)
+    if not info.running or info.paused:
+        raise Refused(
+            "not-running", f"{info.name} is {'paused' if info.paused else 'not running'}", "only a running guest can be protected",
+            f"virsh {'resume' if info.paused else 'start'} {info.name}",
+        )  # fmt: skip
+    live = await site.host.xml(info.uuid)
+    domainxml.refuse_unprotectable(live)
+    start = process_start(info.qemu_pid)
+    if start is None:
+        raise Refused("no-qemu", f"the QEMU of {info.name} can't be found", "its pid file names no process of this domain")
+    return model.Body(
+        info.uuid, info.name, secrets.token_hex(16), g, "primary", request.to, engine_asked=request.engine,
+        buffer_asked=request.netbuffer, delay_ms=request.delay_ms, key=secrets.token_hex(32),
+        xml=await site.host.xml(info.uuid, inactive=info.persistent), persistent=info.persistent, autostart=info.autostart,
+        disk_paths=dict(request.disks), overwrite=list(request.overwrite), qemu_pid=info.qemu_pid, qemu_start=start,
+        boot_id=hook.boot_id(), nics=domainxml.nics(live, domainxml.uses_vhost(info.qemu_pid)),
+    )  # fmt: skip
