@@ -12,6 +12,7 @@ import select
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -278,7 +279,9 @@ class AgentEnd:
 class GateLab:
     """One real gate process between a fake QEMU monitor, a dummy process and a fake peer."""
 
-    def __init__(self, tmp: Path, role: str, **state: Any) -> None:
+    def __init__(self, role: str, **state: Any) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="g-")  # short: a unix socket's path has 107 bytes
+        tmp = Path(self._folder.name)
         self.run_dir = tmp / "run"
         (self.run_dir / "gate").mkdir(parents=True)
         self.qmp = FakeQmp(tmp / "qmp")
@@ -323,7 +326,9 @@ class GateLab:
         return self.agent()
 
     def agent(self) -> AgentEnd:
+        """Another connection; the gate has accepted it (notes go to those only)."""
         self.agents.append(AgentEnd(self.socket_path))
+        self.agents[-1].ask("status")
         return self.agents[-1]
 
     def kill_gate(self) -> None:
@@ -356,6 +361,7 @@ class GateLab:
         self.kill_qemu()
         self.peer.close()
         self.qmp.close()
+        self._folder.cleanup()
 
 
 def arrived(sock: socket.socket) -> bytes:

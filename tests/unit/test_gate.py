@@ -1,0 +1,617 @@
+"""The gate: its real process between a FAKE QMP server, a FAKE peer and a dummy process as QEMU (`gatelab`).
+
+And the lease between the two gates' real halves, in a simulated network, with restarts: whatever the primary may
+still release by must be over before the standby may act.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from gatelab import NIC, AgentEnd, FakeQmp, GateLab, arrived, until
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+import mcft.gate.standby as standby_module
+from mcft.commit import CommitGate
+from mcft.gate.core import Gate
+from mcft.gate.loop import Commands, Loop, Until, boottime_ms
+from mcft.gate.standby import Standby
+from mcft.gate.state import GateState, process_start
+from mcft.keepalive import Session, Word
+from mcft.monitor import Monitor
+
+T = 300.0
+
+
+def frame(payload: bytes) -> bytes:
+    return struct.pack("!II", len(payload), 12) + payload
+
+
+@pytest.fixture
+def primary() -> Iterator[GateLab]:
+    with GateLab("primary", nics=[NIC]) as lab:
+        yield lab
+
+
+@pytest.fixture
+def standby() -> Iterator[GateLab]:
+    with GateLab("standby", record="armed", mode="closed", buffer="none") as lab:
+        yield lab
+
+
+def protected(lab: GateLab) -> AgentEnd:
+    """A primary's gate that holds, is armed and has a lease."""
+    agent = lab.start()
+    assert agent.ask("attach") == {"attached": ["vnet0"]}
+    agent.ask("hold")
+    agent.ask("update", record="protected")
+    agent.status_when(lambda s: s["lease"])
+    return agent
+
+
+# ---- primary ----
+
+
+def test_output_waits_for_its_acknowledgement(primary: GateLab) -> None:
+    agent = protected(primary)
+    out, inn = primary.ends(1)
+    out.sendall(frame(b"first"))
+    primary.qmp.event("STOP", "colo")
+    until(lambda: primary.qmp.sent("query-status"), "no marker behind the STOP")
+    out.sendall(frame(b"second"))
+    assert agent.ask("status")["nics"][0]["held_packets"] >= 1 and arrived(inn) == b""
+    primary.qmp.event("RESUME", "running")
+    assert inn.recv(1000) == frame(b"first")
+    status = agent.status_when(lambda s: s["acknowledged"] == 1 and s["nics"][0]["held_packets"] == 1)
+    assert status["released_epochs"] == 1 and arrived(inn) == b""
+    assert agent.note("acknowledged")["count"] == 1
+    until(lambda: primary.peer.last.acks == 1, "the keepalive does not say it")
+
+
+def test_foreign_resume_releases_nothing(primary: GateLab) -> None:
+    agent = protected(primary)
+    out, inn = primary.ends(1)
+    out.sendall(frame(b"x"))
+    primary.qmp.event("STOP", "paused")
+    until(lambda: len(primary.qmp.sent("query-status")) >= 2, "paused: asked again")
+    primary.qmp.event("RESUME", "running")
+    agent.status_when(lambda s: s["foreign_resumes"] == 1)
+    assert agent.ask("status")["acknowledged"] == 0 and arrived(inn) == b""
+    primary.qmp.checkpoint()
+    assert inn.recv(1000) == frame(b"x")
+
+
+def test_without_a_lease_the_acknowledged_epoch_waits(primary: GateLab) -> None:
+    agent = protected(primary)
+    out, inn = primary.ends(1)
+    primary.peer.word = Word("standby", 3, "preparing", "running", True)
+    agent.status_when(lambda s: not s["lease"])
+    out.sendall(frame(b"x"))
+    primary.qmp.checkpoint()
+    agent.status_when(lambda s: s["acknowledged"] == 1)
+    assert agent.ask("status")["waits_for_lease"] >= 1 and arrived(inn) == b""
+    primary.peer.word = Word("standby", 3, "armed", "running", True)
+    assert inn.recv(1000) == frame(b"x")
+
+
+def test_armed_word_of_another_generation_gives_no_lease(primary: GateLab) -> None:
+    primary.peer.word = Word("standby", 2, "armed", "running", True)
+    agent = primary.start()
+    agent.ask("attach")
+    agent.ask("hold")
+    agent.status_when(lambda s: s["peer"]["record"] == "armed")
+    assert not agent.ask("status")["lease"]
+
+
+def test_claiming_standby_breaks_the_stream(primary: GateLab) -> None:
+    agent = protected(primary)
+    primary.peer.word = Word("standby", 3, "armed", "running", True, claiming=True)
+    note = agent.note("verdict")
+    assert note["act"] == "break" and "claims" in note["reason"]
+    until(lambda: primary.qmp.sent("yank"))
+    assert all("exec-oob" in c for c in primary.qmp.sent("yank"))
+    until(lambda: primary.peer.last.closed)
+    assert primary.saved().mode == "closed"
+
+
+def test_dead_qemu_is_said_at_once(primary: GateLab) -> None:
+    agent = protected(primary)
+    out, inn = primary.ends(1)
+    out.sendall(frame(b"x"))
+    primary.kill_qemu()
+    assert agent.note("verdict")["act"] == "died"
+    until(lambda: (primary.peer.last.qemu, primary.peer.last.closed) == ("gone", True))
+    assert arrived(inn) == b""
+    assert not [h for h in primary.peer.heard if h.word.qemu == "gone" and not h.word.closed]
+
+
+def test_guests_shutdown_is_not_a_death(primary: GateLab) -> None:
+    agent = protected(primary)
+    primary.qmp.event("SHUTDOWN", "shutdown", guest=True, reason="guest-shutdown")
+    note = agent.note("verdict")
+    assert (note["act"], note["shutdown"]) == ("ended", "guest-shutdown")
+    primary.kill_qemu()
+    until(lambda: (primary.peer.last.qemu, primary.peer.last.closed) == ("shutdown", True))
+    agent.ask("status")
+    assert not [h for h in primary.peer.heard if h.word.qemu == "gone"]
+
+
+@pytest.mark.parametrize("event", ["QUORUM_REPORT_BAD", "QUORUM_FAILURE", "BLOCK_IO_ERROR", "COLO_EXIT"])
+def test_errors_break_the_stream_before_anything_else_is_acknowledged(primary: GateLab, event: str) -> None:
+    agent = protected(primary)
+    out, inn = primary.ends(1)
+    primary.qmp.checkpoint()
+    agent.status_when(lambda s: s["acknowledged"] == 1)
+    out.sendall(frame(b"x"))
+    primary.qmp.event(event, **{"node-name": "vda", "reason": "error"})
+    primary.qmp.event("STOP", "colo")
+    primary.qmp.event("RESUME", "running")
+    assert agent.note("verdict")["act"] == "break"
+    agent.status_when(lambda s: s["closed"])
+    assert agent.ask("status")["acknowledged"] == 1 and arrived(inn) == b""
+    with pytest.raises(RuntimeError):
+        agent.ask("open", because="protected")
+
+
+def test_disk_error_before_the_first_capture_counts_too(primary: GateLab) -> None:
+    """Between the hold and the first STOP, or right after a gate's restart: the error is as sticky as any."""
+    agent = protected(primary)
+    primary.qmp.event("QUORUM_REPORT_BAD", **{"node-name": "vda"})
+    assert "disk error" in agent.note("verdict")["reason"]
+
+
+def test_silent_standby_with_an_overdue_stream(primary: GateLab) -> None:
+    agent = protected(primary)
+    primary.peer.talking = False
+    note = agent.note("verdict")
+    assert note["act"] == "break" and "silent on every link" in note["reason"]
+
+
+def test_opening_needs_given_up_or_a_win(primary: GateLab) -> None:
+    agent = protected(primary)
+    out, inn = primary.ends(1)
+    out.sendall(frame(b"x"))
+    with pytest.raises(RuntimeError, match="given-up or a win"):
+        agent.ask("open")
+    with pytest.raises(RuntimeError, match="still holds"):
+        agent.ask("detach")
+    assert arrived(inn) == b""
+    agent.ask("open", because="given-up")
+    assert inn.recv(1000) == frame(b"x")
+    agent.ask("detach")
+    assert primary.qmp.objects == [] and primary.qmp.chardevs == ["charserial0"]
+
+
+def test_restarted_gate_releases_nothing_of_the_old_ones(primary: GateLab) -> None:
+    agent = protected(primary)
+    out, inn = primary.ends(1)
+    out.sendall(frame(b"held by the dead one"))
+    primary.qmp.event("STOP", "colo")
+    until(lambda: primary.qmp.sent("query-status"))
+    agent.status_when(lambda s: s["nics"][0]["held_packets"] == 1)
+    primary.kill_gate()
+    assert inn.recv(1000) == b"", "QEMU's end is closed, and nothing came before that"
+    agent = primary.start()
+    agent.status_when(lambda s: s["attached"] and "mcft-net0-2-in" in primary.qmp.objects)
+    until(lambda: not [o for o in primary.qmp.objects if "-1-" in o], "the old pair is taken away")
+    status = agent.ask("status")
+    assert status["mode"] == "hold" and status["record"] == "protected"
+    adds = {c["arguments"]["id"]: c["arguments"] for c in primary.qmp.sent("object-add")}
+    assert adds["mcft-net0-2-in"]["position"] == "id=mcft-net0-1-out", "the new pair is in front of the old one"
+    out, inn = primary.ends(2)
+    out.sendall(frame(b"new"))
+    agent.status_when(lambda s: s["lease"])
+    primary.qmp.checkpoint()
+    assert inn.recv(1000) == frame(b"new")
+
+
+def test_gate_restarted_while_closed_stays_closed(primary: GateLab) -> None:
+    agent = protected(primary)
+    agent.ask("close", reason="test")
+    primary.kill_gate()
+    agent = primary.start()
+    assert agent.ask("status")["closed"]
+    until(lambda: primary.peer.last.closed)
+    agent.status_when(lambda s: "mcft-net0-2-in" in primary.qmp.objects)
+    out, inn = primary.ends(2)
+    out.sendall(frame(b"x"))
+    primary.qmp.event("STOP", "colo")
+    primary.qmp.event("RESUME", "running")
+    agent.ask("qmp", commands=[{"execute": "query-status"}])
+    assert arrived(inn) == b""
+    assert agent.ask("status")["acknowledged"] == 0
+
+
+def test_gate_restarted_over_a_dead_qemu_says_so(primary: GateLab) -> None:
+    protected(primary)
+    primary.kill_gate()
+    primary.kill_qemu()
+    agent = primary.start()
+    agent.status_when(lambda s: s["verdict"] is not None)
+    assert agent.ask("status")["verdict"]["act"] == "died"
+    until(lambda: (primary.peer.last.qemu, primary.peer.last.closed) == ("gone", True))
+
+
+def test_two_agents_at_once_and_one_after_the_other(primary: GateLab) -> None:
+    one = protected(primary)
+    two = primary.agent()
+    assert two.ask("status")["record"] == "protected"
+    one.close()
+    primary.agents.remove(one)
+    three = primary.agent()
+    primary.qmp.event("COLO_EXIT", reason="error")
+    assert two.note("verdict")["act"] == three.note("verdict")["act"] == "break"
+    with pytest.raises(RuntimeError, match="knows no request"):
+        three.ask("take")
+
+
+def test_qmp_of_the_agent_and_quit(primary: GateLab) -> None:
+    agent = primary.start()
+    commands = [{"execute": "query-status"}, {"execute": "cont"}]
+    primary.qmp.answers["cont"] = RuntimeError("no")
+    replies = agent.ask("qmp", commands=commands)
+    assert replies[0]["return"]["status"] == "running" and replies[1]["error"]["desc"] == "no"
+    assert agent.ask("quit") == {}
+    assert primary.gate is not None and primary.gate.wait(10) == 0
+
+
+def test_switch_hands_over_a_standing_guest(primary: GateLab) -> None:
+    agent = protected(primary)
+    ident = agent.post("switch")
+    until(lambda: primary.qmp.sent("migrate-set-parameters"))
+    out, inn = primary.ends(1)
+    out.sendall(frame(b"last"))
+    primary.qmp.event("STOP", "colo")
+    until(lambda: primary.qmp.sent("query-status"), "no marker")
+    primary.qmp.event("RESUME", "paused")  # what `query-status` will find behind the gate's own `stop`
+    assert agent.answer(ident)["stopped"] is True
+    assert inn.recv(1000) == frame(b"last")
+    assert agent.ask("status")["closed"] and primary.saved().mode == "closed"
+
+
+# ---- standby ----
+
+
+def test_standby_stops_the_guest_after_each_load(standby: GateLab) -> None:
+    agent = standby.start()
+    standby.qmp.event("RESUME", "running")
+    until(lambda: len(standby.qmp.sent("stop")) == 1)
+    standby.qmp.event("RESUME", "running")
+    until(lambda: len(standby.qmp.sent("stop")) == 2)
+    assert agent.status_when(lambda s: s["loads"] == 2)["last_load_age_ms"] < 10000
+    until(lambda: standby.peer.last.loads == 2)
+
+
+def test_standby_claims_at_silence_and_never_says_armed_again(standby: GateLab) -> None:
+    agent = standby.start()
+    until(lambda: standby.peer.last.record == "armed" and standby.peer.heard[-1].echo)
+    standby.peer.talking = False
+    note = agent.note("verdict")
+    assert note["act"] == "claim" and "silent on every link" in note["reason"]
+    until(lambda: standby.peer.last.claiming)
+    count = len(standby.peer.heard)
+    standby.peer.talking = True
+    until(lambda: len(standby.peer.heard) > count + 10)
+    assert all(h.word.claiming for h in standby.peer.heard[count:])
+    assert standby.saved().claiming
+
+
+def test_standby_claims_when_the_primarys_qemu_is_gone(standby: GateLab) -> None:
+    agent = standby.start()
+    until(lambda: standby.peer.last.record == "armed")
+    standby.peer.word = Word("primary", 3, "protected", "gone", closed=True)
+    assert agent.note("verdict")["act"] == "claim"
+
+
+def test_unarmed_standby_never_claims(standby: GateLab) -> None:
+    agent = standby.start()
+    agent.ask("update", record="preparing")
+    until(lambda: standby.peer.last.record == "preparing")
+    standby.peer.word = Word("primary", 3, "protected", "gone", closed=True)
+    standby.peer.talking = False
+    agent.status_when(lambda s: (s["links"][0]["age_ms"] or 0) > 2 * T and s["stream_age_ms"] > 2 * T)
+    assert agent.ask("status")["verdict"] is None and not standby.peer.last.claiming
+
+
+def test_copy_with_a_disk_error_alarms_and_never_claims(standby: GateLab) -> None:
+    agent = standby.start()
+    until(lambda: standby.peer.last.record == "armed")
+    standby.qmp.event("BLOCK_IO_ERROR", **{"node-name": "vda"})
+    assert "not whole" in agent.note("alarm")["reason"]
+    standby.peer.word = Word("primary", 3, "protected", "gone", closed=True)
+    agent.status_when(lambda s: s["peer"]["qemu"] == "gone")
+    assert agent.ask("status")["verdict"] is None and not standby.peer.last.claiming
+
+
+def test_taking_needs_taken(standby: GateLab) -> None:
+    agent = standby.start()
+    agent.ask("claim")
+    with pytest.raises(RuntimeError, match="taken"):
+        agent.ask("take")
+    assert not standby.qmp.sent("cont")
+
+
+def take(lab: GateLab, agent: AgentEnd, **fields: Any) -> None:
+    """Take over; QEMU says RESUME at `cont`, as it does once it runs again."""
+    ident = agent.post("take", **fields)
+    until(lambda: lab.qmp.sent("cont"), "no cont")
+    lab.qmp.event("RESUME", "running")
+    assert agent.answer(ident)["running"] is True
+
+
+def test_the_lease_is_over_before_the_copy_runs(standby: GateLab) -> None:
+    standby.qmp.status = "colo"
+    agent = standby.start()
+    until(lambda: standby.peer.last.record == "armed" and standby.peer.heard[-1].echo)
+    agent.ask("claim")
+    agent.ask("update", record="taken")
+    take(standby, agent)
+    assert standby.qmp.time_of("cont") >= standby.peer.armed_until_ms + T
+    names = [c.get("execute") or c["exec-oob"] for c in standby.qmp.commands]
+    order = [names.index(n) for n in ("yank", "nbd-server-stop", "stop", "x-colo-lost-heartbeat", "cont")]
+    assert order == sorted(order), "every disk is flushed before the overlay is committed, and then it runs"
+    standby.qmp.event("RESUME", "running")
+    stops = len(standby.qmp.sent("stop"))
+    agent.ask("qmp", commands=[{"execute": "query-status"}])
+    assert len(standby.qmp.sent("stop")) == stops, "a guest that took over is not stopped at its RESUME"
+
+
+def test_closed_primary_need_not_be_waited_for(standby: GateLab) -> None:
+    standby.qmp.status = "colo"
+    agent = standby.start()
+    until(lambda: standby.peer.last.record == "armed" and standby.peer.heard[-1].echo)
+    standby.peer.word = Word("primary", 3, "protected", "gone", closed=True)
+    agent.note("verdict")
+    agent.ask("update", record="taken")
+    began = boottime_ms()
+    take(standby, agent)
+    assert standby.qmp.time_of("cont") < began + T
+
+
+def test_restarted_standby_waits_t_after_its_start(standby: GateLab) -> None:
+    """It does not know what its dead predecessor echoed last, and has heard nobody since."""
+    standby.qmp.status = "colo"
+    agent = standby.start()
+    until(lambda: standby.peer.last.record == "armed" and standby.peer.heard[-1].echo)
+    standby.kill_gate()
+    standby.peer.talking = False
+    before = boottime_ms()
+    agent = standby.start()
+    agent.ask("claim")
+    agent.ask("update", record="taken")
+    take(standby, agent)
+    assert standby.qmp.time_of("cont") >= before + T
+
+
+def test_standby_restarted_after_taken_waits_too(standby: GateLab) -> None:
+    standby.qmp.status = "colo"
+    agent = standby.start()
+    until(lambda: standby.peer.last.record == "armed" and standby.peer.heard[-1].echo)
+    agent.ask("claim")
+    agent.ask("update", record="taken")
+    standby.kill_gate()
+    before = boottime_ms()
+    agent = standby.start()
+    take(standby, agent)
+    assert standby.qmp.time_of("cont") >= min(before, standby.peer.armed_until_ms) + T
+
+
+def test_gate_restarted_after_a_take_over_leaves_the_guest_alone(standby: GateLab) -> None:
+    """The gate is upgraded or crashes while the overlays are committed; then an operator pauses and continues."""
+    standby.qmp.status = "colo"
+    agent = standby.start()
+    agent.ask("claim")
+    agent.ask("update", record="taken")
+    take(standby, agent, peer_closed=True)
+    standby.kill_gate()
+    agent = standby.start()
+    stops = len(standby.qmp.sent("stop"))
+    standby.qmp.event("RESUME", "running")
+    agent.ask("qmp", commands=[{"execute": "query-status"}])  # behind whatever the gate sent at the RESUME
+    agent.ask("qmp", commands=[{"execute": "query-status"}])
+    assert len(standby.qmp.sent("stop")) == stops
+
+
+@pytest.mark.xfail(strict=True, reason="run() connects the monitor before started(): serial is 1 at the first restart")
+def test_restarted_following_standby_stops_a_guest_that_ran_ahead(standby: GateLab) -> None:
+    standby.start()
+    standby.kill_gate()
+    standby.qmp.status = "running"
+    standby.start()
+    until(lambda: standby.qmp.sent("stop"), "the load that nobody saw is stopped")
+
+
+def test_disk_error_survives_the_gate(standby: GateLab) -> None:
+    agent = standby.start()
+    standby.qmp.event("BLOCK_IO_ERROR", **{"node-name": "vda"})
+    agent.note("alarm")
+    standby.kill_gate()
+    agent = standby.start()
+    assert agent.ask("status")["disk_error"]
+
+
+def test_giving_up_breaks_the_stream_first(standby: GateLab) -> None:
+    agent = standby.start()
+    assert agent.ask("break") == {"own_qemu": "running"}
+    until(lambda: standby.qmp.sent("yank"))
+    assert agent.ask("status")["stream_dead"]
+
+
+def test_unclaim_watches_again(standby: GateLab) -> None:
+    agent = standby.start()
+    until(lambda: standby.peer.last.record == "armed")
+    agent.ask("claim")
+    until(lambda: standby.peer.last.claiming)
+    agent.ask("unclaim")
+    until(lambda: not standby.peer.last.claiming)
+    standby.peer.word = Word("primary", 3, "protected", "gone", closed=True)
+    assert agent.note("verdict")["act"] == "claim"
+
+
+# ---- the lease, in a simulated network ----
+
+
+class Clock:
+    now = 0.0
+
+
+class Lease(RuleBasedStateMachine):
+    """The primary's lease (real `Session`, real `CommitGate`) and the standby's `earliest_ms` (real `Standby`).
+
+    Datagrams are lost, late and doubled at will; either gate restarts at will. At no time may a lease that the primary
+    holds, or could still get by a datagram that is under way, reach beyond what the standby would wait for.
+    """
+
+    @initialize()
+    def start(self) -> None:
+        Clock.now = 1000.0
+        self.key, self.pid = bytes(32), bytes(16)
+        self.state = GateState("u", "vm1", self.pid.hex(), 3, "standby", self.key.hex(), "", 1, 1, [], record="armed")
+        self.to_standby: list[bytes] = []
+        self.to_primary: list[bytes] = []
+        self.restart_primary()
+        self.restart_standby()
+
+    def holds(self) -> None:
+        """The safety property, and its reason: an expired lease comes before the earliest act."""
+        earliest = self.standby.earliest_ms()
+        for commit in self.commits:
+            assert commit._lease_until_ms <= earliest, (
+                f"a lease runs until {commit._lease_until_ms:.0f}, the standby may act from {earliest:.0f} on"
+            )
+
+    @rule()
+    def restart_primary(self) -> None:
+        """The old process is gone, so is its lease."""
+        self.primary = Session(self.key, self.pid)
+        self.commits = [CommitGate(T, T / 15)]
+
+    @rule()
+    def restart_standby(self) -> None:
+        self.session = Session(self.key, self.pid)
+        gate = SimpleNamespace(state=self.state, session=self.session, persist=lambda: None)
+        self.standby = Standby(cast(Gate, gate))
+        self.standby.started()
+
+    @rule(ms=st.sampled_from([1.0, 50.0, 110.0, 300.0]))
+    def time_passes(self, ms: float) -> None:
+        Clock.now += ms
+
+    @rule()
+    def primary_sends(self) -> None:
+        self.to_standby.append(self.primary.next(Word("primary", 3, "protected", "running"), Clock.now))
+
+    @rule()
+    def standby_sends(self) -> None:
+        self.standby.before_send(Clock.now)
+        word = Word("standby", 3, self.state.record, "running", True, self.state.claiming)
+        self.to_primary.append(self.session.next(word, Clock.now))
+
+    @precondition(lambda self: self.to_standby)
+    @rule(at=st.integers(0, 5), keep=st.booleans())
+    def standby_hears(self, at: int, keep: bool) -> None:
+        at %= len(self.to_standby)
+        self.session.accept(self.to_standby[at], "l", Clock.now)
+        if not keep:
+            del self.to_standby[at]
+
+    @precondition(lambda self: self.to_primary)
+    @rule(at=st.integers(0, 5), keep=st.booleans())
+    def primary_hears(self, at: int, keep: bool) -> None:
+        at %= len(self.to_primary)
+        heard = self.primary.accept(self.to_primary[at], "l", Clock.now)
+        if not keep:
+            del self.to_primary[at]
+        if heard is None:
+            return
+        if heard.word.record != "armed" or heard.word.claiming:
+            self.commits[0].lease_withdrawn()
+        elif heard.echo and (sent := self.primary.sent_ms(heard.echo)) is not None:
+            self.commits[0].lease_renewed(sent, Clock.now)
+        self.holds()
+
+    @rule()
+    def both_talk(self) -> None:
+        """A whole exchange in both directions, so that the search has proven peers to begin with."""
+        self.primary_sends()
+        self.standby_hears(len(self.to_standby) - 1, False)
+        self.standby_sends()
+        self.primary_hears(len(self.to_primary) - 1, False)
+
+    @rule()
+    def claim_and_take(self) -> None:
+        self.state.claiming, self.state.record = True, "taken"
+        self.holds()
+
+
+Lease.TestCase.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+
+
+@pytest.mark.usefixtures("simulated_time")
+class TestLease(Lease.TestCase):  # type: ignore[misc, name-defined]
+    """See `Lease`."""
+
+
+@pytest.fixture
+def simulated_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(standby_module, "boottime_ms", lambda: Clock.now)
+
+
+# ---- the loop, and the gate's commands when the monitor is gone ----
+
+
+def test_tasks_wait_for_replies_and_conditions() -> None:
+    sent: list[Any] = []
+    loop = Loop(lambda wanted, done: sent.append((wanted, done)))
+    log: list[Any] = []
+    state = {"ready": False}
+
+    def task() -> Any:
+        log.append((yield Commands([("stop", {})])))
+        log.append((yield Until(lambda: state["ready"], boottime_ms() + 10000)))
+        log.append((yield Until(lambda: False, boottime_ms() - 1)))
+
+    loop.spawn(task())
+    assert sent[0][0].commands == [("stop", {})] and log == []
+    sent[0][1]([{"return": {}}])
+    loop.turn(lambda _now: None)
+    assert log == [[{"return": {}}]]
+    state["ready"] = True
+    loop.turn(lambda _now: None)
+    loop.turn(lambda _now: None)
+    assert log == [[{"return": {}}], True, False]
+
+
+@pytest.mark.xfail(strict=True, reason="commands that fail to be sent are answered again when the monitor closes")
+def test_each_task_goes_on_once_when_the_monitor_is_gone(tmp_path: Path) -> None:
+    """QEMU died, the loop has not noticed yet: a task's commands fail, and then the monitor closes."""
+    qmp = FakeQmp(tmp_path / "qmp")
+    monitor = Monitor(qmp.path)
+    monitor.connect(10.0)
+    gate = SimpleNamespace(monitor=monitor, _watch_monitor=lambda: None)
+    assert monitor.sock is not None
+    until(lambda: qmp.connections == 1)
+    monitor.sock.close()
+    log: list[Any] = []
+    Gate.send_commands(cast(Gate, gate), Commands([("stop", {}), ("cont", {})]), log.append)
+    monitor.close()
+    qmp.close()
+    assert len(log) == 1
+
+
+def test_process_start_tells_a_pid_that_was_reused() -> None:
+    import os
+    import subprocess
+
+    start = process_start(os.getpid())
+    assert start is not None and process_start(os.getpid()) == start
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    assert process_start(gone.pid) is None
