@@ -86,7 +86,7 @@ def _journal(host: world.Host) -> str:
     since_s = max(world.now() - _began_s[0], 1.0)
     try:
         said = host.sh(
-            "journalctl -u mcft-agent -u 'mcft-gate@*' -o short-iso-precise --no-hostname -q -n 120 "
+            "journalctl -u mcft-agent -u 'mcft-gate@*' -o short-iso-precise --no-hostname -q -n 60 "
             f"--since -{since_s:.0f}s",
             check=False,
         )

@@ -28,8 +28,8 @@ def test_a_returning_primary_starts_no_second_instance(load: Load) -> None:
     text = H1.mcft("status", "vm1").stdout
     assert "LOST" in text and "host2" in text, text
     assert H1.qemu_pid() is None
-    # As if an operator had the definition from a backup. (The image is still there; what mcft finds defined at a boot it
-    # takes away again.)
+    # As if an operator had the definition from a backup. The image is still there. (mcft takes away at a boot what it
+    # finds defined.)
     H1.sh(DEFINE)
     refused = H1.run("virsh", "start", "vm1", check=False)
     assert refused.returncode != 0 and "hook" in refused.stderr.lower(), refused

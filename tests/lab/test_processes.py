@@ -41,7 +41,7 @@ def back(host: Host, unit: str, old: int) -> None:
 def test_agent(host: Host, how: str, load: Load, measure: Measure) -> None:
     """Agent down = packets flow and checkpoints go on.
 
-    Fails if the agent's end takes its gate along, if its start closes or replaces what the gate holds, or if a standby's
+    Fails if the agent's end takes its gate along, if its start closes what the gate holds, or if a standby's
     agent that starts again voids what is armed.
     """
     protect(H1)
@@ -84,7 +84,7 @@ def test_failure_while_the_agent_is_away(host: Host, load: Load, measure: Measur
 def test_gate(host: Host, load: Load, measure: Measure) -> None:
     """A dead gate leaves everything held; systemd's new one goes on from the state file.
 
-    Fails if the buffer opens when its owner dies, if a restarted gate releases what an older stream held, or stays muted.
+    Fails if the buffer opens when its owner dies, if a restarted one releases what an older stream held, or stays muted.
     """
     protect(H1)
     before = generation()
@@ -117,6 +117,21 @@ def test_take_over_after_both_gates_died(load: Load) -> None:
     H1.kill_qemu()
     H2.await_state("active", timeout=20)
     load.goes_on()
+    load.finished()
+
+
+def test_failure_while_the_standbys_gate_is_away(load: Load) -> None:
+    """The primary dies while nobody on the standby listens to keepalives: still a take-over, once the gate is back.
+
+    Fails if a primary whose QEMU is dead asks the standby to give up, or if the standby does so: then nobody runs.
+    """
+    protect(H1)
+    load.flowing()
+    H2.kill_unit(GATE)
+    H1.kill_qemu()
+    H2.await_state("active", timeout=20)
+    load.goes_on()
+    H1.await_state("lost", timeout=20)
     load.finished()
 
 

@@ -226,8 +226,9 @@ def protect(primary: Host, *more: str, timeout: float = 40.0) -> None:
 
 
 def up() -> None:
-    """The lab, if it is not up; it stays."""
-    lab("up", timeout=900)
+    """The lab, if it is not up; it stays. (Where it is up but a host is off, `restore` sees to that.)"""
+    if not (STATE / "up").exists():
+        lab("up", timeout=900)
 
 
 def restore(*, thorough: bool) -> None:
