@@ -84,7 +84,7 @@ def test_failure_while_the_agent_is_away(host: Host, load: Load, measure: Measur
 def test_gate(host: Host, load: Load, measure: Measure) -> None:
     """A dead gate leaves everything held; systemd's new one goes on from the state file.
 
-    Fails if the buffer opens when its owner dies, if a restarted one releases what an older stream held, or stays muted.
+    Fails if the buffer opens when its owner dies, if a restarted one releases an older stream's epochs, or stays muted.
     """
     protect(H1)
     before = generation()
