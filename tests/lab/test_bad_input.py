@@ -16,7 +16,7 @@ import snapshot
 from world import GATE, H1, H2, IMAGE, UUID, Host, guest, protect, until
 
 CONFIG = "/etc/mcft/mcft.toml"
-HOOK = "/etc/libvirt/hooks/qemu.d/mcft"
+HOOK = "/etc/libvirt/hooks/qemu"
 OTHER_UUID = "99999999-2222-3333-4444-555555555555"
 SETTLE_S = 5.0
 
@@ -237,8 +237,9 @@ def test_a_file_in_the_way() -> None:
 @pytest.mark.parametrize("host", [H1, H2], ids=str)
 def test_no_hook(host: Host) -> None:
     """Fails if a host is trusted on which nothing stops a stale copy from starting; also with the file alone there."""
-    host.sh(f"mv {HOOK} /root/mcft-hook && systemctl restart libvirtd")
+    host.sh(f"cp -p {HOOK} /root/mcft-hook")
     try:
+        host.sh(f"rm {HOOK} && systemctl restart libvirtd")
         with unchanged(H1, H2):
             refused(H1, 4, "hook", "not installed", host.name, command=("protect", "vm1", "--to", "host2"))
         # Added to a daemon that runs: libvirt does not call it before its next start.
