@@ -419,7 +419,6 @@ def test_gate_restarted_after_a_take_over_leaves_the_guest_alone(standby: GateLa
     assert len(standby.qmp.sent("stop")) == stops
 
 
-@pytest.mark.xfail(strict=True, reason="run() connects the monitor before started(): serial is 1 at the first restart")
 def test_restarted_following_standby_stops_a_guest_that_ran_ahead(standby: GateLab) -> None:
     standby.start()
     standby.kill_gate()
@@ -589,7 +588,6 @@ def test_tasks_wait_for_replies_and_conditions() -> None:
     assert log == [[{"return": {}}], True, False]
 
 
-@pytest.mark.xfail(strict=True, reason="commands that fail to be sent are answered again when the monitor closes")
 def test_each_task_goes_on_once_when_the_monitor_is_gone(tmp_path: Path) -> None:
     """QEMU died, the loop has not noticed yet: a task's commands fail, and then the monitor closes."""
     qmp = FakeQmp(tmp_path / "qmp")
