@@ -29,6 +29,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 # Linux's numbers; Python has no names for them.
 _IP_FREEBIND, _IPV6_FREEBIND = 15, 78
+LINGER_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,10 @@ class Connection(web.RequestHandler):
     """
 
     def __init__(self, server: web.Server, head_s: float) -> None:
-        super().__init__(server, loop=asyncio.get_running_loop(), access_log=None)  # type: ignore[arg-type]
+        # lingering: after an early answer, for that answer to be read; aiohttp's 10 s would double the body's deadline.
+        super().__init__(
+            server, loop=asyncio.get_running_loop(), access_log=None, lingering_time=LINGER_S  # type: ignore[arg-type]
+        )  # fmt: skip
         self._head_s = head_s
         self._deadline: asyncio.TimerHandle | None = None
 

@@ -123,6 +123,8 @@ class Standby(Copy):
         elif kind == "not-whole":
             self.site.spawn(self._not_whole(fields["reason"]), f"{self.body.domain} is not whole")
         elif kind == "alarm":
+            if self.ledger.newest in (Kind.GIVEN_UP, Kind.LOST, Kind.ENDED):
+                return  # this copy was let go of on purpose: that its QEMU is gone is no news
             self.event("alarm", fields["reason"], "alarm")
             if not self.qemu_alive() and self.ledger.newest is Kind.ARMED:
                 self.to_state("lost", f"the copy's QEMU is gone; {self.body.peer} goes on without it")
