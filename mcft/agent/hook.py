@@ -126,6 +126,7 @@ class HookProof:
             self._markers.forget(probe)
             PROBE_LOG.unlink(missing_ok=True)
         await self._host.destroy(probe)
+        PROBE_LOG.unlink(missing_ok=True)  # its end was logged too
         raise Refused(
             "no-hook",
             f"libvirt's hook on {host_name} is inert",
