@@ -110,7 +110,11 @@ class Monitor:
         if self.sock is None:
             raise MonitorGone("not connected")
         self._unsent += self.encode(command, arguments, on_reply, oob=oob)
-        self.flush()
+        try:
+            self.flush()
+        except MonitorGone:
+            self._replies.pop(f"g{self._serial}", None)  # whoever sends is told by the exception alone
+            raise
 
     def flush(self) -> None:
         """Send what is queued as far as the socket takes it. Raises: MonitorGone."""

@@ -113,7 +113,8 @@ async def _clean_domain(
     await report.do("end checkpointing", lambda: Colo().abort(qmp))
     await report.do("take replication away", lambda: diskreplica.dismantle_copy(qmp, disks))
     await report.do("give the disks back", lambda: _restore(qmp, disks))
-    await report.do("open the network", lambda: _open_network(qmp))
+    taps = [nic.target for nic in body.nics] if body else []
+    await report.do("open the network", lambda: _open_network(qmp, taps))
     await report.do("remove the monitor", lambda: remove_monitor(qmp, path))
     if body is not None and body.autostart:
         await report.do("restore autostart", lambda: host.set_autostart(info.uuid, True))
@@ -147,7 +148,9 @@ def _yank(path: str) -> None:
     monitor.close()
 
 
-async def _open_network(qmp: Qmp) -> None:
+async def _open_network(qmp: Qmp, taps: list[str]) -> None:
+    for tap in taps:
+        await run("ip", "link", "set", tap, "up")
     objects = [row["name"] for row in await qmp.execute("qom-list", path="/objects")]
     chardevs = [row["label"] for row in await qmp.execute("query-chardev")]
     for command, arguments in filterbuffer.detach_commands(objects, chardevs):

@@ -13,6 +13,7 @@ from mcft.agent import domainxml, hook, model
 from mcft.agent.site import Life, boottime_ms, log
 from mcft.agent.steps import Step
 from mcft.errors import Failed, Refused, Unreachable
+from mcft.gate.core import set_link
 from mcft.gate.state import GateState, LinkSpec, process_start
 from mcft.generations import Kind, Ledger
 from mcft.qmp_passthrough import add_monitor, remove_monitor
@@ -128,6 +129,8 @@ class Setup(Life):
             chardevs = [row["label"] for row in await self.qmp.execute("query-chardev")]
             for command, arguments in filterbuffer.detach_commands(objects, chardevs):
                 await self.qmp.attempt(command, **arguments)
+            for nic in self.body.nics:
+                set_link(nic.target, up=True)
 
     async def _attach(self) -> None:
         await self.gate.ask("attach")

@@ -6,6 +6,7 @@ import errno
 import os
 import selectors
 import socket
+import struct
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -83,8 +84,8 @@ class Gate:
         self.open_links()
         self.control.listen()
         self._watch_process()
-        self._connect_monitor()
         self.side.started()
+        self._connect_monitor()
         self._keepalive_timer()
         ready()
         while self.loop.running:
@@ -406,18 +407,14 @@ class Gate:
         }  # fmt: skip
 
 
-def set_link_up(ifname: str) -> None:
-    """RTM_NEWLINK with IFF_UP, one message on a fresh socket. Raises: OSError (rtnetlink(7))."""
-    import struct
-
+def set_link(ifname: str, *, up: bool) -> None:
+    """RTM_NEWLINK with or without IFF_UP, one message on a fresh socket. Raises: OSError (rtnetlink(7))."""
     index = socket.if_nametoindex(ifname)
-    _rtnetlink(16, struct.pack("=BxHiII", socket.AF_UNSPEC, 0, index, 1, 1))
+    _rtnetlink(16, struct.pack("=BxHiII", socket.AF_UNSPEC, 0, index, int(up), 1))
 
 
 def remove_drop_filter(ifname: str) -> None:
     """Take away the ingress qdisc that silenced this interface, with its filters. Raises: OSError (tc(8), RTM_DELQDISC)."""
-    import struct
-
     index = socket.if_nametoindex(ifname)
     try:
         _rtnetlink(37, struct.pack("=BxxxiIII", socket.AF_UNSPEC, index, 0xFFFF0000, 0xFFFFFFF1, 0))
@@ -427,8 +424,6 @@ def remove_drop_filter(ifname: str) -> None:
 
 
 def _rtnetlink(kind: int, body: bytes) -> None:
-    import struct
-
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE) as sock:
         sock.settimeout(1.0)
         sock.sendall(struct.pack("=IHHII", 16 + len(body), kind, 5, 1, 0) + body)  # NLM_F_REQUEST | NLM_F_ACK

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import selectors
 import time
@@ -22,8 +23,9 @@ from mcft.commit import (
 from mcft.failover import Act, Verdict
 from mcft.filterbuffer import Channel, FilterBuffer, NoBuffer, attach_commands, detach_commands, make_channel, names
 from mcft.gate.control import Answer, Denied
-from mcft.gate.core import Gate
+from mcft.gate.core import Gate, set_link
 from mcft.gate.loop import Commands, Task, boottime_ms
+from mcft.gate.state import process_start
 from mcft.keepalive import Heard
 from mcft.monitor import Message
 
@@ -176,8 +178,16 @@ class Primary:
         for instance in [{"type": "migration"}, *self.gate.state.yank]:
             self.gate.send_commands(Commands([("yank", {"instances": [instance]})], oob=True), lambda replies: None)
 
+    def _taps(self, *, up: bool) -> None:
+        """What QEMU has taken from us and not sent yet can't be called back: a tap that is down stops that too."""
+        for nic in self.gate.state.nics:
+            with contextlib.suppress(OSError):
+                set_link(nic.target, up=up)
+
     def _close(self, reason: str) -> None:
         self.buffer.close()
+        if self.gate.state.buffer != "none":
+            self._taps(up=False)
         self.commit.stream_died(reason)
         self.gate.state.mode = "closed"
         self.gate.persist()
@@ -311,9 +321,7 @@ class Primary:
             _, reply = yield Commands([("stop", {}), ("query-status", {})])
             status = reply.get("return", {})
             if status.get("status") == "paused" and not self.commit.dead:
-                state.mode = "closed"
-                self.gate.persist()
-                self.commit.stream_died("planned switch")
+                self._close("planned switch")
                 answer({"stopped": True, "acknowledged": self.commit.stats.acknowledged})
                 return
             self.buffer.reopen()
@@ -357,6 +365,7 @@ class Primary:
             raise Denied(f"{self.gate.state.record}({self.gate.state.g}) stands: opening needs given-up or a win")
         if request.get("drop") and isinstance(self.buffer, FilterBuffer):
             self.buffer.drop()
+        self._taps(up=True)
         self.buffer.open()
         self._watch_channels()
         self.gate.state.mode = "pass"
@@ -376,8 +385,6 @@ class Primary:
     def _on_kill(self, request: dict[str, Any], answer: Answer) -> None:
         """End QEMU by pid and start time: this side has lost, died or hangs; its buffer is closed first."""
         self._close("QEMU ended by the agent")
-        from mcft.gate.state import process_start
-
         if process_start(self.gate.state.qemu_pid) == self.gate.state.qemu_start:
             os.kill(self.gate.state.qemu_pid, 9)
         answer({})

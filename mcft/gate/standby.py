@@ -9,7 +9,7 @@ from typing import Any
 
 from mcft.failover import Act, Verdict
 from mcft.gate.control import Answer, Denied
-from mcft.gate.core import Gate, remove_drop_filter, set_link_up
+from mcft.gate.core import Gate, remove_drop_filter, set_link
 from mcft.gate.loop import Commands, Task, boottime_ms
 from mcft.gate.primary import Samples
 from mcft.keepalive import Heard
@@ -184,7 +184,7 @@ class Standby:
         for ifname in self.gate.state.silenced:
             try:
                 remove_drop_filter(ifname)
-                set_link_up(ifname)
+                set_link(ifname, up=True)
             except OSError as error:
                 errors.append(f"{ifname}: {error}")
         self._timing["open"] = boottime_ms()

@@ -23,7 +23,7 @@ from mcft.commit import CommitGate
 from mcft.gate.core import Gate
 from mcft.gate.loop import Commands, Loop, Until, boottime_ms
 from mcft.gate.standby import Standby
-from mcft.gate.state import GateState, process_start
+from mcft.gate.state import GateState, LinkSpec, process_start, save
 from mcft.keepalive import Session, Word
 from mcft.monitor import Monitor
 
@@ -310,10 +310,23 @@ def test_standby_claims_when_the_primarys_qemu_is_gone(standby: GateLab) -> None
     assert agent.note("verdict")["act"] == "claim"
 
 
+def test_silence_of_one_link_alone_is_no_claim() -> None:
+    """The replication link is dead from the start and no load comes, but the peer talks on the other link."""
+    with GateLab("standby", record="armed", mode="closed", buffer="none") as lab:
+        lab.state.links.insert(0, LinkSpec("127.0.0.1", 0, "127.0.0.2", 9))
+        save(lab.state_path, lab.state)
+        agent = lab.start()
+        until(lambda: lab.peer.last.record == "armed")
+        status = agent.status_when(lambda s: s["stream_age_ms"] > 3 * T)
+        assert status["verdict"] is None and not lab.peer.last.claiming
+        assert [row["age_ms"] is None for row in status["links"]] == [True, False]
+
+
 def test_unarmed_standby_never_claims(standby: GateLab) -> None:
     agent = standby.start()
     agent.ask("update", record="preparing")
     until(lambda: standby.peer.last.record == "preparing")
+    agent.status_when(lambda s: s["links"][0]["age_ms"] is not None)
     standby.peer.word = Word("primary", 3, "protected", "gone", closed=True)
     standby.peer.talking = False
     agent.status_when(lambda s: (s["links"][0]["age_ms"] or 0) > 2 * T and s["stream_age_ms"] > 2 * T)
