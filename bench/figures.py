@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 from watching import Observer
-from world import GATE, H1, HOSTS, UUID, Host, lab, now, other, pause, protect, restore, until, up
+from world import GATE, H1, HOSTS, UUID, Host, lab, now, other, pause, protect, restore, up
 
 RUNS = int(os.environ.get("RUNS", "10"))
 WATCH_S = 10.0

@@ -193,7 +193,7 @@ async def mirrors_ready(qmp: Qmp, disks: list[Disk], on_progress: Callable[[floa
     while True:
         jobs = {j["id"]: j for j in await qmp.execute("query-jobs") if j["id"] in wanted}
         for name in wanted - jobs.keys():
-            raise Failed("mirror-failed", f"copying disk {name[7:]} to the standby ended early", "the standby or the link is gone")
+            raise Failed("mirror-failed", f"copying disk {name[7:]} to the standby ended early", "standby or link is gone")
         bad = next((j for j in jobs.values() if j.get("error")), None)
         if bad:
             raise Failed("mirror-failed", f"copying disk {bad['id'][7:]} failed: {bad['error']}")

@@ -120,7 +120,8 @@ class LibvirtHost:
         try:
             return work(self._connection())
         except libvirt.libvirtError as error:
-            if error.get_error_code() not in (libvirt.VIR_ERR_INTERNAL_ERROR, libvirt.VIR_ERR_RPC, libvirt.VIR_ERR_SYSTEM_ERROR, libvirt.VIR_ERR_NO_CONNECT):  # fmt: skip
+            broken = ("INTERNAL_ERROR", "RPC", "SYSTEM_ERROR", "NO_CONNECT")
+            if error.get_error_code() not in [getattr(libvirt, f"VIR_ERR_{name}") for name in broken]:
                 raise
             with self._lock:
                 alive = self._conn is not None and self._conn.isAlive()

@@ -178,7 +178,7 @@ class Core:
     async def protect(self, request: api.ProtectRequest) -> api.JobBody:
         """Refuse what can be refused now; the rest is a job."""
         if not DELAY_MIN_MS <= request.delay_ms <= DELAY_MAX_MS:
-            raise Usage("bad-delay", f"a delay of {request.delay_ms} ms is out of range", "it must be 10ms to 10s", "--delay 100ms")
+            raise Usage("bad-delay", f"a delay of {request.delay_ms} ms is out of range", "10ms to 10s", "--delay 100ms")
         if request.engine == "mc":
             raise Refused("no-engine", "engine mc is not available in this mcft", "", "use --engine auto")
         self.site.peer(request.to)
@@ -232,7 +232,8 @@ class Core:
             raise Refused("engine", f"{domain.name} can't be protected", refusal)
         body.engine = "colo"
         body.buffer = netbuffer.choose(
-            request.netbuffer if request.netbuffer != "auto" else config.netbuffer, body.nics, plug_available=netbuffer.kernel_has_plug()
+            request.netbuffer if request.netbuffer != "auto" else config.netbuffer, body.nics,
+            plug_available=netbuffer.kernel_has_plug(),
         )  # fmt: skip
         body.disks = await find_disks(life)
         await self.site.hook.prove(config.name, domainxml.machine(body.xml))
@@ -365,7 +366,9 @@ class Core:
         """What this agent says of itself."""
         versions = self.site.versions
         return model.encode(
-            model.Hello(self.site.config.name, versions.get("mcft", ""), versions.get("qemu", ""), versions.get("libvirt", ""), boot_id())
+            model.Hello(
+                self.site.config.name, versions.get("mcft", ""), versions.get("qemu", ""), versions.get("libvirt", ""), boot_id()
+            )
         )  # fmt: skip
 
     async def _hello(self, _peer: str, _body: bytes) -> msgspec.Struct:
@@ -446,7 +449,7 @@ class Core:
     async def _may_receive(self, peer: str, request: model.Prepare, life: Life | None) -> None:
         name = self.site.config.name
         if life is not None and (life.body.state not in VOID_STATES or life.qemu_alive()):
-            raise Refused("busy-there", f"{name} has a protection of {request.domain} of its own", f"it is {life.body.state} there")
+            raise Refused("busy-there", f"{name} has a protection of {request.domain} of its own", f"it is {life.body.state}")
         info = await self.site.host.find(request.uuid)
         if info is not None and info.running:
             raise Refused("runs-there", f"{request.domain} runs on {name}", "a standby must not", f"on {name}: virsh list")
@@ -552,7 +555,9 @@ class Core:
         body, config = life.body, self.site.config
         if body.role != "primary" or body.state not in ("solo", "active", "unprotected") or body.manual or body.overlays_g:
             return
-        if not config.auto_protect or self.site.maintenance or self.jobs.running(body.domain) or boottime_ms() < body.next_try_boottime_ms:
+        if not config.auto_protect or self.site.maintenance or self.jobs.running(body.domain):
+            return
+        if boottime_ms() < body.next_try_boottime_ms:
             return
         if body.state != "unprotected" and not life.ledger.spoken:
             return

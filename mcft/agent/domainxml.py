@@ -56,7 +56,7 @@ def disks(xml: str) -> list[XmlDisk]:
             XmlDisk(
                 target, _attribute(element, "alias", "name"), path, _attribute(element, "driver", "type") or "raw",
                 _attribute(element, "target", "bus"), _attribute(element, "driver", "cache"),
-            )  # fmt: skip
+            )
         )
     return found
 
@@ -72,7 +72,7 @@ def nics(xml: str, vhost: bool) -> list[Nic]:
             Nic(
                 _attribute(element, "target", "dev"), _attribute(element, "mac", "address"), f"host{alias}", model,
                 vhost and model.startswith("virtio") and not by_qemu, element.get("type", ""),
-            )  # fmt: skip
+            )
         )
     return found
 

@@ -1,4 +1,4 @@
-"""The agent's end of the talk with its gates: start their units, ask, be told. A gate outlives the agent; see `gate/control.py`."""
+"""The agent's end of the talk with its gates: start their units, ask, be told. A gate outlives the agent."""
 
 from __future__ import annotations
 

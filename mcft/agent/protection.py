@@ -57,7 +57,8 @@ class Primary(Deciding):
                     await self.site.ask(self.body.peer, "state", self.about(why), model.Records, 3.0)
                 except Unreachable as error:
                     raise Refused(
-                        "standby-silent", f"{self.body.peer} does not answer, so it can't give {self.body.domain} up", error.reason,
+                        "standby-silent", f"{self.body.peer} does not answer, so it can't give {self.body.domain} up",
+                        error.reason,
                         f"if {self.body.peer} is certainly off: mcft solo {self.body.domain} --peer-is-off",
                     ) from None  # fmt: skip
             self.decide(lambda: self._resolve(why), why)

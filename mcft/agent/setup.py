@@ -116,7 +116,7 @@ class Setup(Life):
                 body.uuid, body.domain, body.pid, body.g, "primary", body.key, self.monitor_path(), body.qemu_pid,
                 body.qemu_start, body.links, record="preparing", mode="pass", buffer=body.buffer, nics=body.nics,
                 loss_ms=config.loss_ms, delay_ms=body.delay_ms, lan_check=list(config.lan_check),
-            )  # fmt: skip
+            )
         )
 
     async def _end_gate(self) -> None:
@@ -179,7 +179,7 @@ class Setup(Life):
         deadline_ms = boottime_ms() + SWITCHOVER_DEADLINE_S * 1000
         while not await self.engine.switchover_reached(self.qmp):
             if boottime_ms() > deadline_ms:
-                raise Failed("switch-over", "the memory could not be copied: the guest dirties it faster than the link carries it")
+                raise Failed("switch-over", "the memory can't be copied: the guest dirties it faster than the link carries it")
             await asyncio.sleep(0.004)
         await self.gate.ask("hold")
         await diskreplica.swap_to_replication(self.qmp, body.disks, self._peer_address(), body.nbd_port)
@@ -218,7 +218,7 @@ async def make_body(site: Any, request: Any, g: int) -> model.Body:
     info = await site.host.info(request.domain)
     if not info.running or info.paused:
         raise Refused(
-            "not-running", f"{info.name} is {'paused' if info.paused else 'not running'}", "only a running guest can be protected",
+            "not-running", f"{info.name} is {'paused' if info.paused else 'not running'}", "only a running guest can be",
             f"virsh {'resume' if info.paused else 'start'} {info.name}",
         )  # fmt: skip
     live = await site.host.xml(info.uuid)

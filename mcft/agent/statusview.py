@@ -41,13 +41,21 @@ def protection(
     return api.Protection(
         domain=body.domain, uuid=body.uuid, instance=body.pid, role=body.role, peer=body.peer, engine=body.engine,
         state=body.state, reason=reason, next_step=next_step(body, host), guest_running=guest_running,
-        output_flowing=primary and guest_running and body.state in FLOWING and (body.state != "protected" or bool(gate.get("lease"))),
+        output_flowing=primary and guest_running and _flows(body, gate),
         survives_host_loss=bool(following) and not unsafe, unsafe=unsafe, generation=g, tls=False, delay_ms=body.delay_ms,
         since=body.since, checkpoints=_checkpoints(gate), network=_network(body, gate), disks=_disks(body, gate),
-        keepalive=[api.LinkStatus("udp", row["link"], _rounded(row["age_ms"]), row["missed"]) for row in gate.get("links", [])],
-        versions=api.Versions(versions.get("mcft", ""), versions.get("qemu", ""), versions.get("libvirt", ""), body.peer_versions),
+        keepalive=[_link(row) for row in gate.get("links", [])],
+        versions=api.Versions(*(versions.get(part, "") for part in ("mcft", "qemu", "libvirt")), body.peer_versions),
         job=job, last_event=last,
     )  # fmt: skip
+
+
+def _flows(body: Body, gate: dict[str, Any]) -> bool:
+    return body.state in FLOWING and (body.state != "protected" or bool(gate.get("lease")))
+
+
+def _link(row: dict[str, Any]) -> api.LinkStatus:
+    return api.LinkStatus("udp", row["link"], _rounded(row["age_ms"]), row["missed"])
 
 
 def _rounded(value: float | None) -> float | None:

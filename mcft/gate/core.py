@@ -1,4 +1,4 @@
-"""A gate: monitor, keepalives and watcher of one protection on one host; its side (`primary.py`, `standby.py`) decides the rest."""
+"""A gate: monitor, keepalives and watcher of one protection on one host; its side decides the rest."""
 
 from __future__ import annotations
 
