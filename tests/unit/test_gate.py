@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from gatelab import NIC, AgentEnd, FakeQmp, GateLab, arrived, until
+from gatelab import NIC, AgentEnd, FakeQmp, GateLab, T, arrived, until
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
@@ -27,7 +27,7 @@ from mcft.gate.state import GateState, LinkSpec, process_start, save
 from mcft.keepalive import Session, Word
 from mcft.monitor import Monitor
 
-T = 300.0
+LOSS_MS = 300.0  # of the simulated lease below
 
 
 def frame(payload: bytes) -> bytes:
@@ -503,7 +503,7 @@ class Lease(RuleBasedStateMachine):
     def restart_primary(self) -> None:
         """The old process is gone, so is its lease."""
         self.primary = Session(self.key, self.pid)
-        self.commits = [CommitGate(T, T / 15)]
+        self.commits = [CommitGate(LOSS_MS, LOSS_MS / 15)]
 
     @rule()
     def restart_standby(self) -> None:

@@ -1,0 +1,427 @@
+"""Deliberate errors: does a test fail for each rule of the protocol that is broken on purpose?
+
+Run by hand or by `make mutants`: `python tests/mutants.py [WORD…]` (only those whose name holds a WORD). Each edit is
+applied to a copy of the tree, its test is run there, and must FAIL. An edit that no longer applies fails loudly: the
+code has moved on, so must the edit. First every named test is run unchanged and must pass, or its failure says nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TESTS = "tests/unit/test_"
+NEEDED = ("mcft", "tests", "pyproject.toml", "README.md")
+TIMEOUT_S = 600
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """name: what is broken; old must occur exactly once in file; test: the node that must fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+MUTANTS = [
+    # ---- which epochs may leave ----
+    Mutant(
+        "release at the barrier", "mcft/commit.py",
+        "            actions.append(SetBarrier(self._epoch))\n",
+        "            actions += [SetBarrier(self._epoch), Release(self._epoch)]\n            self._barrier = None\n",
+        "commit.py::TestWorld",
+    ),
+    Mutant(
+        "a foreign RESUME taken as an acknowledgement", "mcft/commit.py",
+        "if not (was_in_capture and confirmed):", "if not was_in_capture:",
+        "commit.py::TestWorld",
+    ),
+    Mutant(
+        "a RESUME alone taken as an acknowledgement", "mcft/commit.py",
+        "if not (was_in_capture and confirmed):", "if False:",
+        "commit.py::test_resume_without_a_stop_is_foreign",
+    ),
+    Mutant(
+        "paused taken for colo", "mcft/commit.py",
+        'if status == "colo":', 'if status in ("colo", "paused"):',
+        "commit.py::TestWorld",
+    ),
+    Mutant(
+        "a late marker confirms the next capture", "mcft/commit.py",
+        "if self._in_capture and capture == self._capture:", "if self._in_capture:",
+        "commit.py::TestWorld",
+    ),
+    Mutant(
+        "a barrier without its marker's answer is covered", "mcft/commit.py",
+        "if barrier is not None and barrier.marker_answered:", "if barrier is not None:",
+        "commit.py::TestWorld",
+    ),
+    Mutant(
+        "the lease ignored", "mcft/commit.py",
+        "if not self.lease_holds(now_ms):", "if False:",
+        "commit.py::TestWorld",
+    ),
+    Mutant(
+        "the lease has no margin", "mcft/commit.py",
+        "sent_ms + self.loss_ms - self.margin_ms)", "sent_ms + self.loss_ms)",
+        "commit.py::test_lease_ends_before_the_standby_may_act",
+    ),
+    Mutant(
+        "the lease runs from the echo's arrival", "mcft/commit.py",
+        "sent_ms + self.loss_ms - self.margin_ms)", "now_ms + self.loss_ms - self.margin_ms)",
+        "commit.py::TestWorld",
+    ),
+    Mutant(
+        "a claiming standby withdraws no lease", "mcft/commit.py",
+        '        self._lease_until_ms = float("-inf")\n\n    def stream_died', "        pass\n\n    def stream_died",
+        "commit.py::TestWorld",
+    ),
+    Mutant(
+        "count + 1 is enough", "mcft/commit.py",
+        "if count < barrier.count_at + 2:", "if count < barrier.count_at + 1:",
+        "commit.py::test_counting_needs_two_more_than_was_read_behind_the_barrier",
+    ),
+    Mutant(
+        "count + 1 is enough (found by the search)", "mcft/commit.py",
+        "if count < barrier.count_at + 2:", "if count < barrier.count_at + 1:",
+        "commit.py::TestWorld",
+    ),
+    Mutant(
+        "a second barrier instead of a merge", "mcft/commit.py",
+        "        if self._barrier is None:\n            self._epoch += 1",
+        "        if True:\n            self._epoch += 1",
+        "commit.py::TestWorld",
+    ),
+    Mutant(
+        "a dead stream acknowledges", "mcft/commit.py",
+        "        self._in_capture, self._confirmed = False, False\n        if self._dead or not self._holding:",
+        "        self._in_capture, self._confirmed = False, False\n        if not self._holding:",
+        "commit.py::TestWorld",
+    ),
+    Mutant(
+        "a reconnected monitor keeps its markers", "mcft/commit.py",
+        "            self._barrier.marker = self._capture + 1\n            self._barrier.marker_answered = False\n",
+        "            self._barrier.marker_answered = True\n",
+        "commit.py::TestWorld",
+    ),
+    Mutant(
+        "captures of before the hold count", "mcft/commit.py",
+        "        if self._dead or not self._holding:\n            return []\n        self._capture += 1",
+        "        if self._dead:\n            return []\n        self._capture += 1",
+        "commit.py::test_captures_that_began_before_the_hold_do_not_count",
+    ),
+    # ---- the watcher ----
+    Mutant(
+        "one silent link counted as the peer's loss", "mcft/gate/core.py",
+        "            silent_ms=silent_ms,\n", "            silent_ms=self.silence.silent_ms(now_ms, first),\n",
+        "gate.py::test_silence_of_one_link_alone_is_no_claim",
+    ),
+    Mutant(
+        "one silent link counted as loss", "mcft/failover.py",
+        "if view.silent_ms > settings.loss_ms and stream != \"alive\":",
+        "if view.stream_silent_ms > settings.loss_ms and stream != \"alive\":",
+        "failover.py::test_one_silent_link_is_not_the_loss_of_the_peer",
+    ),
+    Mutant(
+        "the oldest link's word counts", "mcft/failover.py",
+        "max(self.links.values(), default", "min(self.links.values(), default",
+        "failover.py::test_one_silent_link_is_not_the_loss_of_the_peer",
+    ),
+    Mutant(
+        "our own stall counted as the peer's silence", "mcft/failover.py",
+        "        self._floor_ms = now_ms\n        return True", "        return True",
+        "failover.py::test_own_stall_restarts_the_silence",
+    ),
+    Mutant(
+        "an unarmed standby takes over", "mcft/failover.py",
+        "    if not view.armed:\n        return Verdict(Act.WAIT, \"not armed",
+        "    if False:\n        return Verdict(Act.WAIT, \"not armed",
+        "failover.py::test_what_no_view_may_lead_to",
+    ),
+    Mutant(
+        "a copy with a disk error claims", "mcft/failover.py",
+        "    if view.disk_error:\n        return Verdict(Act.ALARM", "    if False:\n        return Verdict(Act.ALARM",
+        "failover.py::test_what_no_view_may_lead_to",
+    ),
+    Mutant(
+        "a guest's shutdown is taken over", "mcft/failover.py",
+        'if view.peer_qemu == "shutdown":', "if False:",
+        "failover.py::test_what_no_view_may_lead_to",
+    ),
+    Mutant(
+        "a standby without LAN claims", "mcft/failover.py",
+        "        if not view.lan_ok:\n            return Verdict(Act.ALARM, \"the primary is silent",
+        "        if False:\n            return Verdict(Act.ALARM, \"the primary is silent",
+        "failover.py::test_what_no_view_may_lead_to",
+    ),
+    Mutant(
+        "a gone QEMU whose gate is open is claimed", "mcft/failover.py",
+        'if view.peer_qemu == "gone" and view.peer_closed:', 'if view.peer_qemu == "gone":',
+        "failover.py::test_what_no_view_may_lead_to",
+    ),
+    # ---- records ----
+    Mutant(
+        "unknown taken as given-up", "mcft/generations.py",
+        "    if peer.has(Kind.GIVEN_UP):\n        return \"solo\"\n    return \"unknown\"",
+        "    return \"solo\"",
+        "generations.py::test_peer_records_mean_only_given_up_or_taken",
+    ),
+    Mutant(
+        "an absent peer taken as given-up", "mcft/generations.py",
+        "        return \"unknown\"\n    if peer.has(Kind.TAKEN):",
+        "        return \"solo\"\n    if peer.has(Kind.TAKEN):",
+        "generations.py::test_others_records_are_no_consent",
+    ),
+    Mutant(
+        "another instance's word counts", "mcft/generations.py",
+        "if peer is None or peer.pid != primary.pid or", "if peer is None or",
+        "generations.py::test_others_records_are_no_consent",
+    ),
+    Mutant(
+        "taken becomes given-up", "mcft/generations.py",
+        "if standby.newest in (Kind.TAKEN, Kind.LOST, Kind.ENDED):", "if standby.newest in (Kind.LOST, Kind.ENDED):",
+        "generations.py::test_taken_never_becomes_given_up",
+    ),
+    Mutant(
+        "given-up written after taken", "mcft/generations.py",
+        "Kind.GIVEN_UP: frozenset({Kind.PREPARING, Kind.ARMED, Kind.NOT_WHOLE})",
+        "Kind.GIVEN_UP: frozenset({Kind.PREPARING, Kind.ARMED, Kind.NOT_WHOLE, Kind.TAKEN})",
+        "generations.py::test_every_pair",
+    ),
+    Mutant(
+        "an unarmed standby may take", "mcft/generations.py",
+        "if standby.newest in (Kind.ARMED, Kind.TAKEN):",
+        "if standby.newest in (Kind.PREPARING, Kind.ARMED, Kind.TAKEN):",
+        "generations.py::test_may_arm_and_may_take",
+    ),
+    Mutant(
+        "taken written by an unarmed standby", "mcft/generations.py",
+        "Kind.TAKEN: frozenset({Kind.ARMED})", "Kind.TAKEN: frozenset({Kind.PREPARING, Kind.ARMED})",
+        "generations.py::test_every_pair",
+    ),
+    Mutant(
+        "a copy that is not whole may take", "mcft/generations.py",
+        "if standby.newest in (Kind.ARMED, Kind.TAKEN):",
+        "if standby.newest in (Kind.ARMED, Kind.TAKEN, Kind.NOT_WHOLE):",
+        "generations.py::test_may_arm_and_may_take",
+    ),
+    Mutant(
+        "solo opens before it is spoken", "mcft/generations.py",
+        'return "" if primary.spoken else "the win is not spoken yet"', 'return ""',
+        "generations.py::test_may_open",
+    ),
+    # ---- keepalives ----
+    Mutant(
+        "the MAC is not looked at", "mcft/keepalive.py",
+        "if not hmac.compare_digest(hmac.digest(self.key, body, sha256)[:MAC_BYTES], mac):", "if False:",
+        "keepalive.py::test_any_changed_byte_is_refused",
+    ),
+    Mutant(
+        "a new nonce is believed at once", "mcft/keepalive.py",
+        "if not ours or echo not in self._sent_ms:", "if False:",
+        "keepalive.py::test_old_datagrams_mean_nothing_to_a_restarted_gate",
+    ),
+    Mutant(
+        "an old nonce is believed again", "mcft/keepalive.py",
+        "if nonce in self._retired:", "if False:",
+        "keepalive.py::test_a_dead_process_is_not_believed_again",
+    ),
+    Mutant(
+        "an echo of a foreign nonce counts", "mcft/keepalive.py",
+        "echo if echo_nonce == self.nonce and echo <= self.counter else 0", "echo if echo <= self.counter else 0",
+        "keepalive.py::test_echo_of_a_foreign_nonce_gives_nothing",
+    ),
+    Mutant(
+        "counters may fall", "mcft/keepalive.py",
+        "if counter < self.peer_counter or (counter", "if (counter",
+        "keepalive.py::test_counters_that_are_believed_never_fall",
+    ),
+    # ---- the buffer ----
+    Mutant(
+        "a barrier cuts frames", "mcft/filterbuffer.py",
+        "        self.held += self.open_epoch[:whole]\n        del self.open_epoch[:whole]",
+        "        self.held += self.open_epoch\n        self.open_epoch.clear()",
+        "filterbuffer.py::test_half_a_frame_belongs_to_the_next_epoch",
+    ),
+    Mutant(
+        "a release lets the open epoch out", "mcft/filterbuffer.py",
+        "        self.sending += self.held\n        self.held.clear()\n        self.flush()",
+        "        self.sending += self.held + self.open_epoch\n        self.held.clear()\n"
+        "        self.open_epoch.clear()\n        self.flush()",
+        "filterbuffer.py::TestEpochs",
+    ),
+    Mutant(
+        "a barrier leaves what nobody has read", "mcft/filterbuffer.py",
+        '        """All that has been sent so far, by every NIC, is before the barrier."""\n        self._drain()\n',
+        '        """All that has been sent so far, by every NIC, is before the barrier."""\n',
+        "filterbuffer.py::test_barrier_includes_what_nobody_has_read_yet",
+    ),
+    Mutant(
+        "the new pair is put behind the old one", "mcft/filterbuffer.py",
+        'place = {"insert": "behind",', 'place = {"insert": "before",',
+        "filterbuffer.py::test_the_new_pair_sees_packets_first_and_outdev_before_indev",
+    ),
+    # ---- the gate's process ----
+    Mutant(
+        "a standby forgets what it echoed to an unproven process", "mcft/gate/standby.py",
+        "            heard_ms = self.gate.session.peer_heard_ms if proven else now_ms\n",
+        "            heard_ms = self.gate.session.peer_heard_ms\n",
+        "gate.py::TestLease",
+    ),
+    Mutant(
+        "a restarted standby does not wait T", "mcft/gate/standby.py",
+        "self._no_echo_until_ms = boottime_ms() + self.gate.state.loss_ms", "pass",
+        "gate.py::test_restarted_standby_waits_t_after_its_start",
+    ),
+    Mutant(
+        "a take-over does not wait for the lease", "mcft/gate/standby.py",
+        "lambda: boottime_ms() >= self.earliest_ms()", "lambda: True",
+        "gate.py::test_the_lease_is_over_before_the_copy_runs",
+    ),
+    Mutant(
+        "a take-over without taken(g)", "mcft/gate/standby.py",
+        'if self.gate.state.record not in ("taken",):', "if False:",
+        "gate.py::test_taking_needs_taken",
+    ),
+    Mutant(
+        "a claiming standby still says armed", "mcft/gate/standby.py",
+        "        self.gate.state.claiming = True\n", "        pass\n",
+        "gate.py::test_standby_claims_at_silence_and_never_says_armed_again",
+    ),
+    Mutant(
+        "a standby lets its guest run ahead", "mcft/gate/standby.py",
+        "            self._load_ms = now_ms\n"
+        "            self.gate.send_commands(Commands([(\"stop\", {})]), lambda _replies: None)",
+        "            self._load_ms = now_ms",
+        "gate.py::test_standby_stops_the_guest_after_each_load",
+    ),
+    Mutant(
+        "any generation's armed gives a lease", "mcft/gate/primary.py",
+        'if word.role != "standby" or word.g != self.gate.state.g:', 'if word.role != "standby":',
+        "gate.py::test_armed_word_of_another_generation_gives_no_lease",
+    ),
+    Mutant(
+        "a restarted primary's gate passes", "mcft/gate/primary.py",
+        '            self.buffer.mode = "hold"\n            self.commit.hold()\n        elif',
+        "            pass\n        elif",
+        "gate.py::test_restarted_gate_releases_nothing_of_the_old_ones",
+    ),
+    Mutant(
+        "opening while protected", "mcft/gate/primary.py",
+        'request.get("because") not in ("solo", "given-up")', "False",
+        "gate.py::test_opening_needs_given_up_or_a_win",
+    ),
+    Mutant(
+        "a disk error does not break the stream", "mcft/gate/primary.py",
+        '            self.commit.stream_died("disk error")', "            return",
+        "gate.py::test_errors_break_the_stream_before_anything_else_is_acknowledged",
+    ),
+    # ---- the hook, status ----
+    Mutant(
+        "an expired token is accepted", "mcft/hook.sh",
+        '[ "${uptime%%.*}" -le "${t_expires:-0}" ]', "true",
+        "hook.py::test_wrong_tokens",
+    ),
+    Mutant(
+        "a token of an earlier boot is accepted", "mcft/hook.sh",
+        '[ "$t_boot" = "$boot" ]', "true",
+        "hook.py::test_wrong_tokens",
+    ),
+    Mutant(
+        "an unreadable marker is free", "mcft/hook.sh",
+        "|| word=unreadable", "|| word=free",
+        "hook.py::test_unreadable_marker_refuses_that_domain_only",
+    ),
+    Mutant(
+        "reconnect is refused", "mcft/hook.sh",
+        "prepare | start | restore | migrate) ;;", "prepare | start | restore | migrate | reconnect) ;;",
+        "hook.py::test_what_must_never_be_refused",
+    ),
+    Mutant(
+        "status: safe without a gate's lease", "mcft/agent/statusview.py",
+        'gate.get("lease") if primary else', "True if primary else",
+        "statusview.py::test_no_lease_or_no_load_survives_nothing",
+    ),
+    Mutant(
+        "status: unbuffered counts as safe", "mcft/agent/statusview.py",
+        "bool(following) and not unsafe", "bool(following)",
+        "statusview.py::test_unbuffered_is_unsafe",
+    ),
+]  # fmt: skip
+
+
+def copy_tree(to: Path) -> None:
+    for name in NEEDED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, to / name, ignore=shutil.ignore_patterns("__pycache__", ".hypothesis", "lab"))
+        elif source.exists():
+            shutil.copy2(source, to / name)
+
+
+def run_tests(tree: Path, *nodes: str) -> subprocess.CompletedProcess[str]:
+    """PYTHONPATH first: an installed (editable) mcft must not be tested in place of the copy."""
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *nodes],
+        cwd=tree, env={**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True, text=True, timeout=TIMEOUT_S,
+    )  # fmt: skip
+
+
+def applies(mutant: Mutant, tree: Path) -> str:
+    """Empty, or why the edit no longer fits its file."""
+    count = (tree / mutant.file).read_text().count(mutant.old)
+    return "" if count == 1 else f"its old text occurs {count} times in {mutant.file}"
+
+
+def survives(mutant: Mutant, base: Path) -> str:
+    """Empty if a test fails with this error in place, else what is wrong."""
+    with tempfile.TemporaryDirectory(prefix="mutant-") as name:
+        tree = Path(name) / "t"
+        shutil.copytree(base, tree)
+        path = tree / mutant.file
+        path.write_text(path.read_text().replace(mutant.old, mutant.new))
+        if path.suffix == ".py":
+            compile(path.read_text(), str(path), "exec")
+        done = run_tests(tree, TESTS + mutant.test)
+    # 1: tests failed. 0: none did. Anything else (no such test, no collection) proves nothing.
+    return "" if done.returncode == 1 else f"pytest ended with {done.returncode}: {done.stdout[-300:]}"
+
+
+def main(words: list[str]) -> int:
+    """0 if every deliberate error is found."""
+    chosen = [m for m in MUTANTS if not words or any(w in m.name for w in words)]
+    wrong: list[str] = []
+    with tempfile.TemporaryDirectory(prefix="mutants-") as name:
+        base = Path(name)
+        copy_tree(base)
+        for mutant in chosen:
+            if reason := applies(mutant, base):
+                wrong.append(f"{mutant.name}: does not apply: {reason}")
+        if not wrong:
+            nodes = sorted({TESTS + m.test for m in chosen})
+            clean = run_tests(base, *nodes)
+            if clean.returncode:
+                wrong.append(f"without any error the tests don't pass:\n{clean.stdout[-2000:]}")
+        if not wrong:
+            with ThreadPoolExecutor(max(2, (os.cpu_count() or 2) // 2)) as pool:
+                for mutant, reason in zip(chosen, pool.map(lambda m: survives(m, base), chosen), strict=True):
+                    print(f"{'SURVIVED' if reason else 'found   '}  {mutant.name}", flush=True)
+                    if reason:
+                        wrong.append(f"{mutant.name}: survived {mutant.test}: {reason}")
+    print("\n".join([*wrong, f"{len(chosen)} deliberate errors, {len(wrong)} problems"]))
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
