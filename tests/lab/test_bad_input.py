@@ -258,7 +258,7 @@ def test_no_hook(host: Host) -> None:
 def test_asked_again_while_protected() -> None:
     """Fails if asking twice does something twice, or if other settings are taken for the same."""
     with configured(H1, one_more("host3")):
-        refused(H1, 6, command=("wait", "vm1", "--for", "protected", "--timeout", "1s"))
+        refused(H1, 3, "vm1", command=("wait", "vm1", "--for", "protected", "--timeout", "1s"))
         protect(H1)
         with unchanged(H1, H2):
             again = H1.mcft("protect", "vm1", "--to", "host2", check=False)
