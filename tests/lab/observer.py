@@ -53,7 +53,8 @@ class Observer:
                 self.highest, self.heard_s = max(number, self.highest), at_s
 
     def last(self) -> dict[str, object]:
-        return {"count": self.count, "at_s": self.heard_s, "highest": self.highest, "violations": len(self.violations)}
+        release_s = self.gaps[-1][1] if self.gaps else 0.0
+        return {"count": self.count, "at_s": self.heard_s, "highest": self.highest, "release_s": release_s}
 
     def report(self) -> dict[str, object]:
         """violations: (when, number, highest before it). gaps: (last heard, heard again), those longer than 20 ms."""

@@ -15,6 +15,9 @@ Measure = Callable[[str, float], float]
 
 # Both kinds of failure in both directions within four.
 KINDS = ("kill", "power", "power", "kill")
+# Rounds of eight whose failure comes right after an epoch was heard, the worst moment for one released too early:
+# its checkpoint would still be on its way. (A random moment meets that window of some 30 ms about one time in five.)
+AT_A_RELEASE = (0, 3)
 
 
 def fail(host: Host, kind: str) -> float:
@@ -30,8 +33,9 @@ def lost_and_empty(old: Host) -> None:
 def test_failures_at_random_moments(load: Load, moments: random.Random, measure: Measure) -> None:
     """One client's view through failures: nothing taken back, a connection without loss, no acknowledged write lost.
 
-    Fails if epochs are released before their acknowledgement (the beacon goes back, acknowledged writes vanish), if a
-    checkpoint is not whole, or if a NIC of the standby speaks before its take-over.
+    Fails if epochs leave without a buffer (next test), if a checkpoint is not whole, or if a NIC of the standby speaks
+    before its take-over. Tried without being seen in 4 failures: commit.py releasing at STOP or at the marker's reply;
+    by then most of the checkpoint is on the standby's side of the link. That error is for the unit tests to find.
     """
     primary = H1
     protect(primary)
@@ -39,7 +43,8 @@ def test_failures_at_random_moments(load: Load, moments: random.Random, measure:
     for round_ in range(FAILURES):
         kind, standby = KINDS[round_ % 4], other(primary)
         pause(moments.uniform(0.2, 1.5))
-        at_s = fail(primary, kind)
+        aimed = round_ % 8 in AT_A_RELEASE
+        at_s = primary.kill_qemu(load.observer.release_begins) if aimed else fail(primary, kind)
         standby.await_state("active", timeout=15)
         load.goes_on()
         measure(f"client's gap, {kind} of the primary", load.observer.gap(at_s))

@@ -70,6 +70,12 @@ class Observer(Client):
 
         return until(heard, timeout, "the guest's beacon is heard")
 
+    def release_begins(self, timeout: float = 5.0) -> None:
+        """Until an epoch's first datagram is heard, as soon as that can be known: no pause between the questions."""
+        since = now()
+        while float(self.ask("last")["release_s"]) <= since:
+            assert now() < since + timeout, f"no release within {timeout:g} s"
+
     def gap(self, at_s: float, span_s: float = 10.0) -> float:
         """The longest silence of the beacon that touches [at, at + span], in seconds; 0 if none exceeded 20 ms."""
         report = self.report()

@@ -9,6 +9,7 @@ import http.client
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import time
@@ -94,13 +95,28 @@ class Host:
     def mcft(self, *words: str, check: bool = True, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:
         return self.run("mcft", *words, check=check, timeout=timeout)
 
-    def kill_qemu(self) -> float:
-        """SIGKILL to vm1's QEMU; when."""
-        pid = self.qemu_pid()
-        assert pid, f"no QEMU of vm1 on {self}"
+    def kill_qemu(self, aim: Callable[[], None] = lambda: None) -> float:
+        """SIGKILL to vm1's QEMU, the moment that `aim` returns; when. From outside: no process to wait for."""
+        inside = self.qemu_pid()
+        assert inside, f"no QEMU of vm1 on {self}"
+        pid = self._pid_outside(inside)
+        aim()
         at_s = now()
-        self.run("kill", "-KILL", str(pid))
+        os.kill(pid, signal.SIGKILL)
         return at_s
+
+    def _pid_outside(self, inside: int) -> int:
+        """The machine's number of a process of this host."""
+        namespace = os.readlink(f"/proc/{(STATE / self.key / 'init').read_text().split()[0]}/ns/pid")
+        for status in Path("/proc").glob("[0-9]*/status"):
+            try:
+                numbers = re.search(r"^NSpid:\t(.*)$", status.read_text(), re.MULTILINE)
+                here = os.readlink(status.parent / "ns/pid") == namespace
+                if here and numbers and int(numbers.group(1).split()[-1]) == inside:
+                    return int(status.parent.name)
+            except OSError:
+                continue
+        raise AssertionError(f"process {inside} of {self} is gone")
 
     def kill_unit(self, unit: str) -> float:
         """SIGKILL to a unit's main process (never to what else is in its cgroup: QEMU may be in libvirtd's); when."""
