@@ -45,7 +45,7 @@ def protection(
         survives_host_loss=bool(following) and not unsafe, unsafe=unsafe, generation=g, tls=False, delay_ms=body.delay_ms,
         since=body.since, checkpoints=_checkpoints(gate), network=_network(body, gate), disks=_disks(body, gate),
         keepalive=[_link(row) for row in gate.get("links", [])],
-        versions=api.Versions(*(versions.get(part, "") for part in ("mcft", "qemu", "libvirt")), body.peer_versions),
+        versions=_versions(versions, body),
         job=job, last_event=last,
     )  # fmt: skip
 
@@ -56,6 +56,10 @@ def _flows(body: Body, gate: dict[str, Any]) -> bool:
 
 def _link(row: dict[str, Any]) -> api.LinkStatus:
     return api.LinkStatus("udp", row["link"], _rounded(row["age_ms"]), row["missed"])
+
+
+def _versions(ours: dict[str, str], body: Body) -> api.Versions:
+    return api.Versions(ours.get("mcft", ""), ours.get("qemu", ""), ours.get("libvirt", ""), body.peer_versions)
 
 
 def _rounded(value: float | None) -> float | None:
