@@ -256,6 +256,7 @@ class Core:
         """A protecting that failed leaves what was before: nothing, or a primary without a standby (`_gone` puts it back)."""
         if previous is None:
             await self.site.store.delete(failed.body.uuid)
+            failed.forget_labels()
         elif previous.ledger.won:
             self.site.markers.free(previous.body.uuid)
 

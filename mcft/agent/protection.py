@@ -175,6 +175,8 @@ class Primary(Deciding):
         self.event("undo", "the agent ended while it protected the domain; what it had done is undone", "warning")
         await self.site.runner.undo_all(self.steps(), self)
         await self.site.store.delete(self.body.uuid)
+        if not self.body.previous:
+            self.forget_labels()
         if self.on_gone is not None:
             self.on_gone(self)
 

@@ -25,8 +25,9 @@ DROP_IN = "/run/systemd/system/mcft-agent.service.d/fail-step.conf"
 SETTLE_S = 5.0  # the command has ended: only what libvirt and systemd still tidy up on their own
 CONVERGE_S = 40.0
 
-OF_PRIMARY = re.findall(r'Step\("([^"]+)"', (REPO / "mcft/agent/protection.py").read_text())
-OF_STANDBY = re.findall(r'Step\("([^"]+)"', (REPO / "mcft/agent/standby.py").read_text())
+OF_PRIMARY = re.findall(r'Step\("([^"]+)"', (REPO / "mcft/agent/setup.py").read_text())
+OF_STANDBY = re.findall(r'Step\("([^"]+)"', (REPO / "mcft/agent/copy.py").read_text())
+assert OF_PRIMARY and OF_STANDBY, "the lists of steps are elsewhere: none would be tried"
 ALL = [(H1, step) for step in OF_PRIMARY] + [(H2, step) for step in OF_STANDBY]
 FAILING = [
     (H1, "ban unguarded starts", "after"),
