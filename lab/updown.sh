@@ -14,7 +14,7 @@ build_shared() {
     exec 8> "$CACHE/lock.build"
     flock -w 600 8 || die "another instance has been building for 10 minutes"
     machine_packages
-    if other=$(others_up); then
+    if [ -e "$CACHE/tree.stamp" ] && other=$(others_up); then # another checkout's instance has a tree of its own
         say "instance $other uses the tree and the venv: they stay as they are"
     else
         build_tree
