@@ -1,22 +1,26 @@
 """What is asked for and can't or must not be done: its exit code, a sentence that says what to do, and nothing changed.
 
 Every test would fail if the act were tried after all (what it changes is in the snapshot), or if the sentence did not
-name what is wrong. A QEMU without COLO, or of a broken version, is refused in `tests/unit/test_engine.py`: the lab has
-one QEMU only.
+name what is wrong. The lab has one QEMU only: one without COLO is that one with the name of the capability spelled
+otherwise in its binary; those of broken versions are refused in `tests/unit/test_engine.py`.
 """
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from subprocess import CompletedProcess
 
 import pytest
 import snapshot
-from world import GATE, H1, H2, IMAGE, UUID, Host, guest, protect, until
+from watching import Observer
+from world import GATE, H1, H2, HOSTS, IMAGE, LAB, UUID, Host, guest, protect, until
 
 CONFIG = "/etc/mcft/mcft.toml"
 HOOK = "/etc/libvirt/hooks/qemu"
+QEMU = "/usr/bin/qemu-system-x86_64"
+WITHOUT_COLO = "/usr/local/bin/qemu-without-colo"
 OTHER_UUID = "99999999-2222-3333-4444-555555555555"
 SETTLE_S = 5.0
 
@@ -131,6 +135,31 @@ def test_a_peer_that_does_not_know_this_host() -> None:
         refused(H1, 4, "host1", command=("protect", "vm1", "--to", "host2"))
 
 
+@contextmanager
+def a_listener_of_another_ca() -> Iterator[None]:
+    """On cl, at the agents' port, with a certificate that our CA did not sign."""
+    pki = "/etc/pki/test"
+    server = subprocess.Popen(
+        [LAB, "run", "cl", "--", "openssl", "s_server", "-accept", "10.77.0.100:16520", "-quiet",
+         "-cert", f"{pki}/foreign-cert.pem", "-key", f"{pki}/foreign-key.pem"],
+        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        listening = [LAB, "run", "cl", "--", "ss", "-Hltn", "sport = 16520"]
+        until(lambda: subprocess.run(listening, capture_output=True, timeout=20).stdout, 10, "another CA's listener")
+        yield
+    finally:
+        server.terminate()
+        server.wait(10)
+
+
+def test_a_peer_of_another_ca() -> None:
+    """Who answers there has no certificate of our CA. Fails if any TLS server is taken for an agent."""
+    change = "printf '[peers.host5]\\naddresses = [\"10.77.0.100\"]\\n' >> $file"
+    with a_listener_of_another_ca(), configured(H1, change), unchanged(H1, H2):
+        refused(H1, 4, "host5", "certificate", command=("protect", "vm1", "--to", "host5"))
+
+
 def test_no_agent() -> None:
     """Fails if the command waits, or if it does not say which agent is missing."""
     H1.sh("systemctl stop mcft-agent")
@@ -153,11 +182,11 @@ def test_no_agent() -> None:
 # ---- domains ----
 
 
-def probe(name: str, host: Host, *, uuid: str = OTHER_UUID, nic: str = "", start: bool = True) -> None:
-    """A small domain beside vm1 that never boots anything."""
+def probe(name: str, host: Host, *, uuid: str = OTHER_UUID, nic: str = "", start: bool = True, emulator: str = QEMU) -> None:
+    """A small domain beside vm1 that never boots anything. nic: its further devices."""
     xml = (
         f"<domain type='qemu'><name>{name}</name><uuid>{uuid}</uuid><memory unit='MiB'>32</memory><vcpu>1</vcpu>"
-        f"<os><type arch='x86_64' machine='pc-q35-10.0'>hvm</type></os><devices>{nic}"
+        f"<os><type arch='x86_64' machine='pc-q35-10.0'>hvm</type></os><devices><emulator>{emulator}</emulator>{nic}"
         "<controller type='usb' model='none'/><memballoon model='none'/></devices></domain>"
     )
     host.sh(f"cat > /run/probe.xml << 'END'\n{xml}\nEND\nvirsh -q define /run/probe.xml && rm /run/probe.xml")
@@ -193,6 +222,56 @@ def test_a_nic_that_cannot_be_buffered() -> None:
             refused(H1, 4, "NIC", "user", "--netbuffer none", command=("protect", "leaky", "--to", "host2"))
     finally:
         gone("leaky", H1)
+
+
+def test_devices_that_cannot_follow() -> None:
+    """Fails if a disk that another domain may write, or a device with a state of its own, is passed over in silence."""
+    shared = (
+        "<disk type='file' device='disk'><driver name='qemu' type='raw' cache='none'/>"
+        "<source file='/var/lib/libvirt/images/shared.img'/><target dev='vda' bus='virtio'/><shareable/></disk>"
+    )
+    H1.sh("truncate -s 1M /var/lib/libvirt/images/shared.img")
+    probe("sharing", H1, nic=shared)
+    try:
+        with unchanged(H1, H2):
+            refused(H1, 4, "vda", "shareable", command=("protect", "sharing", "--to", "host2"))
+    finally:
+        gone("sharing", H1)
+        H1.sh("rm -f /var/lib/libvirt/images/shared.img")
+
+
+@pytest.fixture
+def without_colo() -> str:
+    """The path, on both hosts, of a QEMU that has no capability x-colo."""
+    new = f"{WITHOUT_COLO}.new"
+    for host in HOSTS:
+        host.sh(
+            f"[ -e {WITHOUT_COLO} ] || {{ sed s/x-colo/x-cola/g {QEMU} > {new} && chmod 755 {new} && mv {new} {WITHOUT_COLO}; }}"
+        )
+    return WITHOUT_COLO
+
+
+def test_a_qemu_without_the_engine(without_colo: str) -> None:
+    """Of the domain itself. Fails if the engine is guessed from the version and not asked of QEMU."""
+    probe("plain", H1, emulator=without_colo)
+    try:
+        with unchanged(H1, H2):
+            refused(H1, 4, "plain", "without COLO", command=("protect", "plain", "--to", "host2"))
+    finally:
+        gone("plain", H1)
+
+
+def test_a_peer_without_the_engine(without_colo: str, observer: Observer) -> None:
+    """Of the peer alone. Fails if only the primary's is asked, or if the refusal comes back as a failure."""
+    observer.hears()
+    with unchanged(H1, H2):
+        H2.sh(f"mount --bind {without_colo} {QEMU}")
+        try:
+            refused(H1, 4, "host2", "can't follow vm1", "without COLO", command=("protect", "vm1", "--to", "host2"))
+        finally:
+            H2.sh(f"umount {QEMU}")
+    observer.hears()
+    observer.clean()
 
 
 def test_a_name_that_is_taken_on_the_peer() -> None:
@@ -274,3 +353,46 @@ def test_asked_again_while_protected() -> None:
         assert H1.main_pid(GATE), "the gate runs"
         assert H1.status()["state"] == "protected" and H1.status()["delay_ms"] == 100
         assert H1.mcft("unprotect", "vm1", check=False).returncode == 0
+
+
+def test_asked_again_while_it_protects() -> None:
+    """Fails if the end of waiting cancels the set-up, or if a second one begins beside it."""
+    refused(H1, 6, "still goes on", "mcft status vm1", command=("protect", "vm1", "--to", "host2", "--timeout", "300ms"))
+    refused(H1, 4, "vm1", command=("protect", "vm1", "--to", "host2", "--delay", "200ms"))
+    H1.await_state("protected", timeout=40)
+    assert H1.status()["delay_ms"] == 100
+
+
+@contextmanager
+def without_agent(host: Host) -> Iterator[None]:
+    host.sh("systemctl stop mcft-agent")
+    try:
+        yield
+    finally:
+        host.sh("systemctl start mcft-agent")
+        until(host.answers, 20, f"{host}: the agent answers")
+
+
+def test_the_other_agent_is_silent(observer: Observer) -> None:
+    """An agent that does not answer is no dead host: what needs its word is refused, and nobody is muted or taken over.
+
+    Fails if solo or unprotect go on without the standby's word, or failover without the primary's while its gate sends.
+    """
+    protect(H1)
+    observer.hears()
+    generation, pids = H1.status()["generation"], [host.qemu_pid() for host in HOSTS]
+    with without_agent(H2):
+        for act in ("solo", "unprotect"):
+            refused(H1, 4, "host2", "does not answer", "mcft solo vm1 --peer-is-off", command=(act, "vm1"))
+        refused(H1, 2, "--yes", command=("solo", "vm1", "--force"))
+        observer.hears(2.0)
+        assert H1.state() == "protected"
+    H2.await_state("protected")
+    with without_agent(H1):
+        refused(H2, 4, "host1", "still sends keepalives", command=("failover", "vm1"))
+        refused(H2, 4, "--peer-is-off", command=("failover", "vm1", "--force", "--yes"))
+        observer.hears(2.0)
+        assert H2.state() == "protected"
+    assert H1.await_state("protected")["generation"] == generation
+    assert [host.qemu_pid() for host in HOSTS] == pids
+    observer.clean()
