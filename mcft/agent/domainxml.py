@@ -40,16 +40,21 @@ def disks(xml: str) -> list[XmlDisk]:
     found = []
     for element in ET.fromstring(xml).iterfind("./devices/disk"):
         target = _attribute(element, "target", "dev")
-        if element.find("readonly") is not None or element.get("device") in ("cdrom", "floppy"):
+        if element.find("readonly") is not None or element.get("device") == "cdrom":
             continue
-        path = _attribute(element, "source", "file") or _attribute(element, "source", "dev")
+        if element.get("device", "disk") != "disk":
+            raise Refused(
+                "disk-not-protectable", f"disk {target} is a {element.get('device')}", "its writes can't be replicated",
+                "detach it, or make it read-only",
+            )  # fmt: skip
+        path = _attribute(element, "source", "file")
         if element.find("shareable") is not None:
             raise Refused("disk-not-protectable", f"disk {target} is shareable", "another domain may write it", "give it to one")
         if not path:
             raise Refused(
                 "disk-not-protectable",
                 f"disk {target} is of type '{element.get('type')}' and can't be replicated",
-                "only disks in files and block devices of this host can",
+                "in this version only disks in files can",
                 "detach it, or move it to a file",
             )
         found.append(
