@@ -495,15 +495,14 @@ class Core:
 
     async def _discard(self, peer: str, body: bytes) -> msgspec.Struct:
         about = msgspec.json.decode(body, type=model.About)
+        # Also one that has only begun, and has not shown itself among the lives yet.
+        if (building := self._preparing.get(about.pid)) is not None and not building.done():
+            building.cancel()
+            await asyncio.gather(building, return_exceptions=True)
         life = self.lives.get(about.uuid)
         if life is None or life.body.peer != peer or life.body.pid != about.pid:
             return model.Answer("")
         if isinstance(life, Standby):
-            if (building := self._preparing.get(about.pid)) is not None and not building.done():
-                building.cancel()
-                await asyncio.gather(building, return_exceptions=True)
-            if self.lives.get(about.uuid) is not life:
-                return model.Answer("")
             await life.discard()
         elif life.body.state not in VOID_STATES:
             return model.Answer("")

@@ -7,6 +7,7 @@ inert until that daemon restarts; the only proof that it lives is a start that i
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 import uuid as uuids
@@ -111,28 +112,38 @@ class HookProof:
         identity = self._identity()
         if identity and identity == self._proven:
             return
-        probe = str(uuids.uuid4())
-        self._markers.ban(probe, "probe")
+        probing = asyncio.ensure_future(self._probe(host_name, machine_xml))
         try:
-            await self._host.create_paused(_probe_xml(probe, machine_xml))
-        except McftError as error:
-            if "hook" not in str(error).lower():
-                raise Failed(
-                    "hook-probe", f"can't find out whether libvirt's hook lives on {host_name}", str(error)
-                ) from None
+            refused = await asyncio.shield(probing)
+        except asyncio.CancelledError:
+            # libvirt's thread can't be called back: without the marker it would start the probe after all.
+            await asyncio.gather(probing, return_exceptions=True)
+            raise
+        if refused:
             self._proven = identity
             return
-        finally:
-            self._markers.forget(probe)
-            PROBE_LOG.unlink(missing_ok=True)
-        await self._host.destroy(probe)
-        PROBE_LOG.unlink(missing_ok=True)  # its end was logged too
         raise Refused(
             "no-hook",
             f"libvirt's hook on {host_name} is inert",
             "a hook that was added while libvirtd ran is not called until that daemon restarts",
             f"on {host_name}: systemctl restart libvirtd (running guests are not touched)",
         )
+
+    async def _probe(self, host_name: str, machine_xml: str) -> bool:
+        """Whether the hook refused the probe; one that started is ended. Raises: Failed ("hook-probe")."""
+        probe = str(uuids.uuid4())
+        self._markers.ban(probe, "probe")
+        try:
+            await self._host.create_paused(_probe_xml(probe, machine_xml))
+            await self._host.destroy(probe)
+        except McftError as error:
+            if "hook" in str(error).lower():
+                return True
+            raise Failed("hook-probe", f"can't find out whether libvirt's hook lives on {host_name}", str(error)) from None
+        finally:
+            self._markers.forget(probe)
+            PROBE_LOG.unlink(missing_ok=True)
+        return False
 
 
 def _probe_xml(uuid: str, machine_xml: str) -> str:
