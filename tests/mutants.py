@@ -57,14 +57,9 @@ MUTANTS = [
         "commit.py::TestWorld",
     ),
     Mutant(
-        "a late marker confirms the next capture", "mcft/commit.py",
-        "if self._in_capture and capture == self._capture:", "if self._in_capture:",
-        "commit.py::TestWorld",
-    ),
-    Mutant(
         "a barrier without its marker's answer is covered", "mcft/commit.py",
         "if barrier is not None and barrier.marker_answered:", "if barrier is not None:",
-        "commit.py::TestWorld",
+        "commit.py::test_barrier_without_its_own_marker_is_not_covered",
     ),
     Mutant(
         "the lease ignored", "mcft/commit.py",
@@ -94,7 +89,7 @@ MUTANTS = [
     Mutant(
         "count + 1 is enough (found by the search)", "mcft/commit.py",
         "if count < barrier.count_at + 2:", "if count < barrier.count_at + 1:",
-        "commit.py::TestWorld",
+        "commit.py::test_long_runs",
     ),
     Mutant(
         "a second barrier instead of a merge", "mcft/commit.py",
@@ -109,10 +104,10 @@ MUTANTS = [
         "commit.py::TestWorld",
     ),
     Mutant(
-        "a reconnected monitor keeps its markers", "mcft/commit.py",
-        "            self._barrier.marker = self._capture + 1\n            self._barrier.marker_answered = False\n",
-        "            self._barrier.marker_answered = True\n",
-        "commit.py::TestWorld",
+        "a capture outlives its monitor connection", "mcft/commit.py",
+        "        self._in_capture, self._confirmed = False, False\n        if self._barrier is not None and not",
+        "        if self._barrier is not None and not",
+        "commit.py::test_reconnected_monitor_voids_markers",
     ),
     Mutant(
         "captures of before the hold count", "mcft/commit.py",
@@ -281,7 +276,7 @@ MUTANTS = [
     Mutant(
         "a restarted standby does not wait T", "mcft/gate/standby.py",
         "self._no_echo_until_ms = boottime_ms() + self.gate.state.loss_ms", "pass",
-        "gate.py::test_restarted_standby_waits_t_after_its_start",
+        "gate.py::test_standby_restarted_after_taken_waits_too",
     ),
     Mutant(
         "a take-over does not wait for the lease", "mcft/gate/standby.py",
@@ -322,9 +317,19 @@ MUTANTS = [
         "gate.py::test_opening_needs_given_up_or_a_win",
     ),
     Mutant(
-        "a disk error does not break the stream", "mcft/gate/primary.py",
-        '            self.commit.stream_died("disk error")', "            return",
+        "a disk error is not seen", "mcft/gate/primary.py",
+        "elif name in DISK_ERRORS and", "elif False and",
         "gate.py::test_errors_break_the_stream_before_anything_else_is_acknowledged",
+    ),
+    Mutant(
+        "a disk error before the first capture is not seen", "mcft/gate/primary.py",
+        "elif name in DISK_ERRORS and", "elif self.commit.stats.captures and name in DISK_ERRORS and",
+        "gate.py::test_disk_error_before_the_first_capture_counts_too",
+    ),
+    Mutant(
+        "a closed buffer is not corked", "mcft/filterbuffer.py",
+        "        if self.corked:\n            return\n", "",
+        "filterbuffer.py::test_closed_stops_what_was_released_but_not_yet_written",
     ),
     # ---- the hook, status ----
     Mutant(

@@ -53,6 +53,7 @@ class FakeQmp:
         self.commands: list[dict[str, Any]] = []
         self.times: list[float] = []  # when each arrived, CLOCK_BOOTTIME in ms
         self.connections = 0
+        self.connected_ms = 0.0
         self.status = "running"
         self.answers: dict[str, Any] = {}  # command -> what it returns, or an Exception for an error
         self.hold_replies: set[str] = set()  # commands that are not answered
@@ -102,6 +103,7 @@ class FakeQmp:
                 self._write(client, {"error": {"class": "GenericError", "desc": "no"}})
                 return
             self.connections += 1
+            self.connected_ms = boottime_ms()
             self.enabled = arguments.get("enable", [])
             self._write(client, {"return": {}})
             self._client = client

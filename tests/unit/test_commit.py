@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -55,7 +55,7 @@ class World(RuleBasedStateMachine):
         self.state = "running"
         self.captured = -1  # packets in the checkpoint under way
         self.held = -1  # packets in the newest checkpoint that the standby holds: the truth
-        self.loads = 0
+        self.loads = self.counted = 0  # the standby's gate may hear of its newest load after the primary went on
         self.true_acks = 0
         self.exited = False
         self.written: deque[tuple[str, int, str]] = deque()  # what QEMU wrote to the monitor, unread
@@ -125,24 +125,57 @@ class World(RuleBasedStateMachine):
         if self.captured >= 0:
             self.held = self.captured
             self.true_acks += 1
+        self.counted = self.loads
         self.loads += 1
         self.state = "running"
         self.written.append(("RESUME", 0, ""))
 
-    @rule(packets=st.integers(0, 2), answer=st.booleans())
-    def whole_checkpoint(self, packets: int, answer: bool) -> None:
-        """A common case in one step, so that long runs of checkpoints are searched as well."""
+    @rule(
+        packets=st.integers(0, 2),
+        seen=st.sampled_from(["in time", "stop", "nothing", "nothing"]),
+        outcome=st.sampled_from(["done", "done", "done", "fails"]),
+        lease=st.booleans(),
+        drain=st.booleans(),
+        noticed=st.sampled_from(["before", "between", "later"]),
+    )
+    def whole_checkpoint(self, packets: int, seen: str, outcome: str, lease: bool, drain: bool, noticed: str) -> None:
+        """The common cases in one step, so that long runs of checkpoints, late and in time, are searched as well."""
         if self.state == "running":
             self.sent += packets
         if self.state in ("running", "paused") and not self.exited:
             self.begin_checkpoint()
-        if answer:
-            while self.written:
-                self.read_monitor()
-            while self.commands:
-                self.marker_processed()
-        if self.state == "colo":
+        if seen != "nothing":
+            self.read_all()
+        if seen == "in time":
+            self.answer_all()
+        if self.state == "colo" and outcome == "done":
             self.checkpoint_done()
+        elif self.state == "colo" and not self.exited:
+            self.checkpoint_fails()
+        if lease:
+            self.lease(0.0)
+        if self.state == "running":
+            self.sent += packets
+        if noticed == "before":
+            self.standby_notices()
+        if drain:
+            self.read_all()
+            self.answer_all()
+            for _ in range(2 if self.asked else 0):
+                self.standby_counts()
+                while self.counts:
+                    self.count_arrives()
+                if noticed == "between":
+                    self.standby_notices()
+
+    def read_all(self) -> None:
+        while self.written:
+            self.read_monitor()
+
+    def answer_all(self) -> None:
+        while self.commands:
+            self.marker_processed()
+        self.read_all()
 
     @precondition(lambda self: self.state == "colo" and not self.exited)
     @rule()
@@ -204,7 +237,11 @@ class World(RuleBasedStateMachine):
     @rule()
     def standby_counts(self) -> None:
         """The answer is put together after the question went out; it may be read much later."""
-        self.counts.append((self.loads, self.asked))
+        self.counts.append((self.counted, self.asked))
+
+    @rule()
+    def standby_notices(self) -> None:
+        self.counted = self.loads
 
     @precondition(lambda self: self.counts)
     @rule()
@@ -235,6 +272,28 @@ class World(RuleBasedStateMachine):
 
 World.TestCase.settings = settings(max_examples=400, stateful_step_count=60, deadline=None)
 TestWorld = World.TestCase
+
+
+checkpoints = st.tuples(
+    st.integers(0, 2),
+    st.sampled_from(["in time", "stop", "nothing", "nothing", "nothing"]),
+    st.sampled_from(["done"] * 9 + ["fails"]),
+    st.sampled_from([True, True, False]),
+    st.sampled_from([True, True, False]),
+    st.sampled_from(["before", "between", "later"]),
+)
+
+
+@settings(max_examples=600, deadline=None)
+@given(st.lists(checkpoints, min_size=5, max_size=25))
+def test_long_runs(run: list[tuple[int, str, str, bool, bool, str]]) -> None:
+    """Nothing but checkpoints, most of them seen late: how streams look where only the counts can tell."""
+    world = World()
+    world.start(False, 0)
+    for checkpoint in run:
+        world.whole_checkpoint(*checkpoint)
+        world.one_barrier()
+        world.time_passes(20.0)
 
 
 # ---- each rule by itself, so that a failure names it ----

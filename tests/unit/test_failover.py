@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mcft.failover import Act, Settings, Silence, View, decide, stream_state
@@ -95,7 +95,7 @@ ages = st.sampled_from([0.0, T - 1, T, T + 1, DELAY + T, DELAY + T + 1, 2999.0, 
 views = st.builds(
     View,
     role=st.sampled_from(["primary", "standby"]), armed=st.booleans(),
-    own_qemu=st.sampled_from(["unknown", "running", "gone", "shutdown"]), shutdown_for_ms=ages,
+    own_qemu=st.sampled_from(["running"] * 6 + ["unknown", "gone", "shutdown"]), shutdown_for_ms=ages,
     stream_dead=st.sampled_from(["", "x"]), stream_age_ms=ages, monitor_silent_ms=ages,
     disk_error=st.sampled_from(["", "vda"]), silent_ms=ages, stream_silent_ms=ages,
     peer_qemu=st.sampled_from(["unknown", "running", "gone", "shutdown"]), peer_closed=st.booleans(),
@@ -103,6 +103,7 @@ views = st.builds(
 )  # fmt: skip
 
 
+@settings(max_examples=2000, deadline=None)
 @given(views)
 def test_what_no_view_may_lead_to(view: View) -> None:
     """The protocol's prohibitions, whatever else is so."""
