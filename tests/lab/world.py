@@ -267,7 +267,12 @@ def restore(*, thorough: bool) -> None:
 def _host_on(host: Host) -> None:
     if not host.on:
         host.power_on()
-    host.sh("systemctl reset-failed; systemctl start libvirtd mcft-agent")
+    # Faults that an interrupted test was injecting end here.
+    host.sh(
+        """d=/run/systemd/system/mcft-agent.service.d
+        if [ -d $d ]; then rm -rf $d; systemctl daemon-reload; systemctl stop mcft-agent; fi
+        systemctl reset-failed; systemctl start libvirtd mcft-agent"""
+    )
     until(host.answers, 20, f"{host}: the agent answers")
 
 
