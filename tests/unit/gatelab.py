@@ -56,6 +56,7 @@ class FakeQmp:
         self.connected_ms = 0.0
         self.status = "running"
         self.answers: dict[str, Any] = {}  # command -> what it returns, or an Exception for an error
+        self.mute = False  # accepts, and says nothing: a QEMU whose main loop hangs
         self.hold_replies: set[str] = set()  # commands that are not answered
         self.objects: list[str] = []
         self.chardevs: list[str] = ["charserial0"]
@@ -83,6 +84,9 @@ class FakeQmp:
             client.sendall(b"".join(json.dumps(body).encode() + b"\r\n" for body in bodies))
 
     def _talk(self, client: socket.socket) -> None:
+        if self.mute:
+            client.recv(1)
+            return
         self._write(client, {"QMP": {"version": {}, "capabilities": ["oob"] if self.oob else []}})
         rest, fds = b"", []
         while True:
@@ -189,6 +193,7 @@ class FakePeer:
         self.session, self.word, self.interval_ms = Session(key, pid), word, interval_ms
         self.talking = True
         self.heard: list[Heard] = []
+        self.heard_ms: list[float] = []
         self.armed_until_ms = float("-inf")  # the newest lease that the heard words gave us, with no margin
         self.gate_port = 0
         self._stop = threading.Event()
@@ -213,6 +218,7 @@ class FakePeer:
                     heard = self.session.accept(self.sock.recv(2048), "lo", boottime_ms())
                     if heard is None:
                         continue
+                    self.heard_ms.append(boottime_ms())
                     self.heard.append(heard)
                     sent = self.session.sent_ms(heard.echo)
                     if heard.word.record == "armed" and not heard.word.claiming and sent is not None:
