@@ -101,7 +101,7 @@ class Core:
                 life.event("alarm", f"going on after the agent's restart failed: {error}; trying again", "alarm")
                 await asyncio.sleep(2.0)
         if isinstance(life, Standby):
-            if life.ledger.newest is None:
+            if life.cut_off:
                 self._gone(life)
             await self._still_wanted(life)
 

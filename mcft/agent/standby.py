@@ -216,10 +216,16 @@ class Standby(Copy):
             self.to_state("active", self.body.reason)
             await self._settle()
 
+    @property
+    def cut_off(self) -> bool:
+        """Whether the agent ended while it built the copy (`prepare` leaves `preparing` once it is whole)."""
+        return self.ledger.newest is None or (self.ledger.newest is Kind.PREPARING and self.body.state == "preparing")
+
     async def adopt(self) -> None:
         """Go on from the records: follow, take over further, or clean up what no longer stands."""
         newest = self.ledger.newest
-        if newest is None:
+        if self.cut_off:
+            # Its primary waits in vain for this agent's answer; there may be no gate, monitor or QEMU to adopt.
             await self.site.runner.undo_all(self.steps(), self)
         elif newest is Kind.TAKEN:
             self.carry_through(self.go_on, f"go on with {self.body.domain}")
