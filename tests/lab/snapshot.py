@@ -56,25 +56,15 @@ def _run(*words: str) -> str:
 
 def _collect() -> dict[str, Any]:
     import libvirt
-    import libvirt_qemu
 
-    found: dict[str, Any] = {}
     connection = libvirt.open("qemu:///system")
-    for domain in connection.listAllDomains():
-        inactive = libvirt.VIR_DOMAIN_XML_INACTIVE
-        found[f"domain {domain.name()}"] = {
-            "uuid": domain.UUIDString(), "state": domain.state()[0], "persistent": bool(domain.isPersistent()),
-            "autostart": bool(domain.autostart()) if domain.isPersistent() else None,
-            "definition": domain.XMLDesc(inactive) if domain.isPersistent() else None,
-        }  # fmt: skip
-        if domain.isActive():
-
-            def ask(command: str, domain: Any = domain, **arguments: Any) -> Any:
-                line = json.dumps({"execute": command, "arguments": arguments})
-                return json.loads(libvirt_qemu.qemuMonitorCommand(domain, line, 0)).get("return")
-
-            for key, value in _qemu(ask):
-                found[f"qemu {domain.name()} {key}"] = value
+    while True:
+        try:
+            found = dict(_domains(connection))
+            break
+        except libvirt.libvirtError as error:
+            if error.get_error_code() not in (libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_ERR_OPERATION_INVALID):
+                raise  # else: it ended while it was looked at
     found.update(_network())
     for folder in ("/var/lib/libvirt/images", "/etc/libvirt", "/run/mcft", "/var/lib/mcft", "/var/log/libvirt/qemu"):
         found.update(_files(folder))
@@ -82,6 +72,28 @@ def _collect() -> dict[str, Any]:
     found["units"] = sorted(" ".join(u.split()[:4]) for u in units if " inactive " not in u)
     found["processes of QEMU"] = _run("pgrep", "-c", "qemu-system").strip()
     return found
+
+
+def _domains(connection: Any) -> Iterator[tuple[str, Any]]:
+    import libvirt
+    import libvirt_qemu
+
+    for domain in connection.listAllDomains():
+        persistent = bool(domain.isPersistent())
+        yield (
+            f"domain {domain.name()}",
+            {"uuid": domain.UUIDString(), "state": domain.state()[0], "persistent": persistent,
+             "autostart": bool(domain.autostart()) if persistent else None,
+             "definition": domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE) if persistent else None},
+        )  # fmt: skip
+        if domain.isActive():
+
+            def ask(command: str, domain: Any = domain, **arguments: Any) -> Any:
+                line = json.dumps({"execute": command, "arguments": arguments})
+                return json.loads(libvirt_qemu.qemuMonitorCommand(domain, line, 0)).get("return")
+
+            for key, value in _qemu(ask):
+                yield f"qemu {domain.name()} {key}", value
 
 
 def _qemu(ask: Any) -> Iterator[tuple[str, Any]]:
