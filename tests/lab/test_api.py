@@ -131,9 +131,7 @@ def test_garbage() -> None:
         answers += pool.map(lambda data: to(H2, data, tls=False, wait_s=6.0), GARBAGE[:3])
         assert not [a for a in answers if a["status"] not in (0, 400)], answers
         bodies = [("POST", "/v1/peer/prepare", b) for b in BODIES]
-        bodies += [
-            ("POST", f"/v1/peer/{verb}", b"{]") for verb in ("arm", "give-up", "take", "ended", "discard", "switch")
-        ]
+        bodies += [("POST", f"/v1/peer/{verb}", b"{]") for verb in ("arm", "give-up", "take", "ended", "discard", "switch")]
         answers = list(pool.map(lambda ask: to(H2, request(*ask), "host1"), bodies))
         for answer in answers:
             is_an_error(answer, 400)
@@ -168,12 +166,14 @@ def test_too_much() -> None:
             path = "/v1/peer/prepare" if place == "cl" else "/v1/protections"
             answer = talk_huge(place, path, len(huge), **more)
             assert answer["status"] in (413, 400) or answer["how"].startswith("cut"), answer
-        head = request("GET", "/v1/status", more="X-Long: " + "a" * 60000 + "\r\n")
-        is_an_error(to(H2, head, "host1"), 400)
-        is_an_error(to(H2, request("GET", "/" + "a" * 60000), "host1"), 400)
-        script = (
-            "import socket,time\ns=[socket.create_connection(('10.77.0.2',16520),5) for _ in range(300)]\ntime.sleep(2)"
-        )
+        for head in (
+            request("GET", "/v1/status", more="X-Long: " + "a" * 60000 + "\r\n"),
+            request("GET", "/" + "a" * 60000),
+        ):
+            answer = to(H2, head, "host1")
+            if not answer["how"].startswith("cut"):  # while it still sends, it may see the end before the answer
+                is_an_error(answer, 400)
+        script = "import socket,time\ns=[socket.create_connection(('10.77.0.2',16520),5) for _ in range(300)]\ntime.sleep(2)"
         flood = subprocess.Popen([LAB, "run", "cl", "--", "python3", "-ISc", script], stderr=subprocess.PIPE)
         pause(1.0)
         assert H2.answers(), "h2: the agent answers while 300 connections say nothing"
@@ -253,9 +253,7 @@ def test_who_may_not() -> None:
     Fails if a certificate of the CA were enough, or if peers' routes were open to any that is not a peer.
     """
     with unharmed(), ThreadPoolExecutor(4) as pool:
-        peers = [
-            ("POST", f"/v1/peer/{v}", about()) for v in ("hello", "records", "take", "give-up", "discard", "ended")
-        ]
+        peers = [("POST", f"/v1/peer/{v}", about()) for v in ("hello", "records", "take", "give-up", "discard", "ended")]
         for host in HOSTS:
             answers = list(pool.map(lambda ask, host=host: to(host, request(*ask), "stranger"), ACTS + peers))
             for answer in answers:
@@ -293,9 +291,7 @@ def test_an_ordinary_user() -> None:
     """Only root and the group libvirt may open the socket, or read the gate's and the database's."""
     with unharmed():
         nobody = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
-        tried = H1.run(
-            *nobody, "curl", "-sS", "--unix-socket", "/run/mcft/agent.sock", "http://a/v1/status", check=False
-        )
+        tried = H1.run(*nobody, "curl", "-sS", "--unix-socket", "/run/mcft/agent.sock", "http://a/v1/status", check=False)
         assert tried.returncode != 0, tried
         said = H1.run(*nobody, "mcft", "status", check=False)
         assert said.returncode in (4, 5) and "Traceback" not in said.stderr and said.stderr, said
