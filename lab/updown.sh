@@ -37,7 +37,10 @@ others_up() {
 lab_up() {
     local h
     take_lock
-    if [ -e "$STATE/up" ]; then
+    if [ -e "$STATE/up" ] && ! any_host; then
+        say "the recorded lab died with all its hosts (a reboot?): starting anew"
+    elif [ -e "$STATE/up" ]; then
+        [ "$(cat "$STATE/up")" = "$REPO" ] || die "the lab is up from another checkout, $(cat "$STATE/up") (lab/lab down there, or MCFT_LAB=NAME here)"
         for h in $ALL; do init_pid "$h" > /dev/null || die "the lab is up but $h is not (lab/lab power $h on, or lab/lab down)"; done
         say "already up"
         return 0
@@ -51,8 +54,14 @@ lab_up() {
     for h in $ALL; do host_start "$h"; done
     say "waiting for systemd and libvirtd"
     for h in $HOSTS; do host_ready "$h"; done
-    : > "$STATE/up"
+    echo "$REPO" > "$STATE/up"
     say "up"
+}
+
+any_host() {
+    local h
+    for h in $ALL; do ! init_pid "$h" > /dev/null || return 0; done
+    return 1
 }
 
 build_small() {

@@ -284,6 +284,16 @@ MUTANTS = [
         "gate.py::test_the_lease_is_over_before_the_copy_runs",
     ),
     Mutant(
+        "a take-over before the last load's end", "mcft/gate/standby.py",
+        "ended = yield self.gate.wait(self._stream_over, EXIT_EVENT_MS)", "ended = True",
+        "gate.py::test_the_last_checkpoint_is_loaded_before_the_copy_runs",
+    ),
+    Mutant(
+        "a missed end of the stream taken as ended", "mcft/gate/standby.py",
+        'if reply.get("return", {}).get("mode") == "none":', "if True:",
+        "gate.py::test_a_missed_end_of_the_stream_is_asked_for",
+    ),
+    Mutant(
         "a take-over without taken(g)", "mcft/gate/standby.py",
         'if self.gate.state.record not in ("taken",):', "if False:",
         "gate.py::test_taking_needs_taken",

@@ -121,8 +121,6 @@ class Deciding(Setup):
     async def _after(self, verdict: dict[str, Any]) -> None:
         act, reason = verdict["act"], verdict["reason"]
         self.event("verdict", f"{act}: {reason}", "warning")
-        if act == "break" and reason.startswith("disk error"):
-            self.site.spawn(self._was_disk_error(reason), f"disk error of {self.body.domain}")
         if act == "hung":
             await self.record(Kind.DIED, detail=reason)
             await self.gate.insist("kill")
@@ -136,24 +134,14 @@ class Deciding(Setup):
         self.body.quick_return = True
         await self._resolve(reason)
 
-    async def _was_disk_error(self, reason: str) -> None:
-        """A failed write is a disk error unless the standby's QEMU or the link turns out to be gone.
+    def _note_disk_error(self, reason: str, known: model.Records) -> None:
+        """A failed write is a disk error unless the standby's QEMU had gone before it gave up: then it was that end.
 
         A disk error is sticky: no protecting again by itself.
         """
-        deadline_ms = boottime_ms() + 2 * self.site.config.loss_ms
-        while boottime_ms() < deadline_ms and self.gate.connected:
-            try:
-                status = await self.gate.ask("status", 1.0)
-            except Failed:
-                break
-            age_ms = status["links"][0]["age_ms"]
-            if status["peer"]["qemu"] == "gone" or age_ms is None or age_ms > self.site.config.loss_ms:
-                return
-            await asyncio.sleep(0.02)
-        self.body.manual = reason
-        await self.save()
-        self.event("disk", f"{reason}: not protected again by itself; mend it, then: mcft protect", "alarm")
+        if reason.startswith("disk error") and not known.copy_lost:
+            self.body.manual = reason
+            self.event("disk", f"{reason}: not protected again by itself; mend it, then: mcft protect", "alarm")
 
     async def _was_intended(self, shutdown_reason: str) -> bool:
         """A guest's own reason, or libvirt saying `destroyed` (`protocol.md`, "Intended ends")."""
@@ -186,7 +174,8 @@ class Deciding(Setup):
             except McftError as error:
                 said = str(error)
             verdict = generations.verdict_on_peer_records(self.ledger, peer_ledger(known) if known else None)
-            if verdict == "solo":
+            if verdict == "solo" and known is not None:
+                self._note_disk_error(reason, known)
                 await self.go_solo(reason)
                 return
             if verdict == "lost":
@@ -235,7 +224,8 @@ class Deciding(Setup):
             status = str(replies[0].get("return", {}).get("status"))
             if status == "running":
                 return
-            if status in ("paused", "colo", "finish-migrate", "postmigrate"):
+            # Never inside a capture (`colo`): leaving ends that one, and then QEMU goes on by itself.
+            if status in ("paused", "finish-migrate", "postmigrate"):
                 await self.gate.qmp([*self.engine.leave_commands(), {"execute": "cont"}])
             await asyncio.sleep(0.005)
         raise Failed("leave", f"QEMU does not go on alone (it says '{status}')", "", "look at: virsh domstate; mcft events")

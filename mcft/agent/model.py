@@ -57,6 +57,7 @@ class Body(msgspec.Struct):
     quick_return: bool = False  # the standby was lost by a bare restart of its QEMU or link
     peer_versions: dict[str, str] = {}
     previous: str = ""  # the body that this instance would replace: put back if the set-up is undone
+    copy_lost: bool = False
     route_changed: bool = False  # mcft set `quickack` on the route to the peer
 
 
@@ -96,6 +97,7 @@ class Records(msgspec.Struct, frozen=True):
     defined: bool = False
     qemu_alive: bool = False
     protections: int = 0
+    copy_lost: bool = False  # the standby's QEMU was gone before it was asked to give up
 
 
 class Prepare(msgspec.Struct, frozen=True):

@@ -342,6 +342,7 @@ class Life:
         return model.Records(
             self.site.config.name, self.body.uuid, 0, self.body.pid, self.body.g, self.ledger.side, self.body.state,
             [(self.ledger.side, r.g, r.kind.value) for r in self.ledger.records], host_running, qemu_alive=self.qemu_alive(),
+            copy_lost=self.body.copy_lost,
         )  # fmt: skip
 
     async def close(self) -> None:

@@ -65,6 +65,8 @@ class Standby(Copy):
             return
         if self.gate.connected:
             await self.gate.ask("break", 1.0)
+        # Looked at as late as can be: a QEMU that closed its disks' connections may still be dying a few ms after.
+        self.body.copy_lost = not self.qemu_alive()
         try:
             await self.record(Kind.GIVEN_UP)
         except generations.IllegalRecord as error:

@@ -38,7 +38,7 @@ class Until:
     deadline_ms: float
 
 
-Task = Generator[Commands | Until, Any, None]
+Task = Generator[Commands | Until, Any, Any]
 
 
 @dataclass

@@ -17,6 +17,8 @@ from mcft.monitor import Message
 
 ANNOUNCE = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
 TAKE_DEADLINE_MS = 10000.0
+EXIT_EVENT_MS = 1000.0
+STREAM_END_MS = 5000.0
 
 
 class Standby:
@@ -31,7 +33,7 @@ class Standby:
         self._following = gate.state.record in ("preparing", "armed")
         self._armed_echo_ms = float("-inf")  # when the newest keepalive that we answered with `armed` had arrived
         self._no_echo_until_ms = float("-inf")
-        self._took = self._flushed = False
+        self._took = self._flushed = self._exited = False
         self._timing: dict[str, float] = {}
 
     def started(self) -> None:
@@ -60,8 +62,9 @@ class Standby:
                 self.gate.control.note("loaded", count=1)
         elif name == "RESUME" and self._flushed and "resume" not in self._timing:
             self._timing["resume"] = now_ms
-        elif name == "COLO_EXIT" and self._following:
-            self._dead = f"COLO_EXIT ({data.get('reason')})"
+        elif name == "COLO_EXIT":
+            self._exited = True
+            self._dead = self._dead or f"COLO_EXIT ({data.get('reason')})"
         elif name == "MIGRATION" and data.get("status") in ("failed", "cancelled"):
             self._dead = self._dead or f"migration {data['status']}"
         elif name in ("BLOCK_IO_ERROR", "QUORUM_FAILURE", "QUORUM_REPORT_BAD") and self._following:
@@ -141,13 +144,19 @@ class Standby:
         if not (request.get("peer_closed") or (self.gate.peer.closed and self.gate.peer.qemu in ("gone", "shutdown"))):
             yield self.gate.wait(lambda: boottime_ms() >= self.earliest_ms(), 2 * self.gate.state.loss_ms + 1000)
         self._timing["free"] = boottime_ms()
-        self._following, self._took = False, True
+        # A checkpoint that came whole is still being loaded after its primary's death, from what waits in the socket. A `cont`
+        # before its end would run the guest while QEMU writes another memory under it. COLO_EXIT comes after the last load.
         yield Commands([("yank", {"instances": [{"type": "migration"}]})], oob=True)
+        ended = yield self.gate.wait(self._stream_over, EXIT_EVENT_MS)
+        self._following, self._took = self._following and not ended, True
         replies: list[Message] = []
-
-        # Not waited for one by one: QEMU says RESUME before its main loop, busy committing, comes to the last reply.
-        for command in ("nbd-server-stop", "stop", "x-colo-lost-heartbeat", "cont"):
-            self.gate.send_commands(Commands([(command, {})]), partial(self._take_reply, command, replies))
+        for command in ("nbd-server-stop", "stop", "x-colo-lost-heartbeat"):
+            self._send(command, replies)
+        if not ended and not (yield from self._until_no_colo(replies)):
+            answer(Denied("QEMU does not end the checkpoint stream: neither COLO_EXIT nor colo mode none"))
+            return
+        # Not waited for: QEMU says RESUME before its main loop, busy committing, comes to the last reply.
+        self._send("cont", replies)
         ran = yield self.gate.wait(self._runs_or_gone, 300.0)
         status = "running" if ran and self.gate.own_qemu == "running" else ""
         deadline_ms = boottime_ms() + TAKE_DEADLINE_MS
@@ -165,10 +174,29 @@ class Standby:
         self.gate.persist()
         answer({"running": True, "timing_ms": self.timing()})
 
+    def _send(self, command: str, replies: list[Message]) -> None:
+        self.gate.send_commands(Commands([(command, {})]), partial(self._take_reply, command, replies))
+
     def _take_reply(self, command: str, replies: list[Message], rows: list[Message]) -> None:
         replies.extend(rows)
-        if command == "stop":
-            self._flushed = True
+        # From here on a RESUME is our `cont`'s, and every disk was flushed before it.
+        self._flushed = self._flushed or (command == "stop" and not self._following)
+
+    def _until_no_colo(self, replies: list[Message]) -> Task:
+        """COLO_EXIT was missed (this gate was restarted): the failover ends QEMU's COLO thread, and with it any load."""
+        deadline_ms = boottime_ms() + STREAM_END_MS
+        while boottime_ms() < deadline_ms and self.gate.own_qemu == "running":
+            (reply,) = yield Commands([("query-colo-status", {})])
+            if reply.get("return", {}).get("mode") == "none":
+                self._following = self._flushed = False
+                self._timing.pop("resume", None)
+                self._send("stop", replies)
+                return True
+            yield self.gate.wait(self._stream_over, 5.0)
+        return False
+
+    def _stream_over(self) -> bool:
+        return self._exited or self.gate.own_qemu != "running"
 
     def _runs_or_gone(self) -> bool:
         return "resume" in self._timing or self.gate.own_qemu != "running"

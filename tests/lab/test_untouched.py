@@ -18,10 +18,11 @@ import pytest
 import snapshot
 from conftest import EVIDENCE
 from watching import Observer
-from world import H1, H2, HOSTS, LAB, REPO, Host, guest, pause, protect, until
+from world import H1, H2, HOSTS, IMAGE, LAB, REPO, UUID, Host, guest, pause, protect, until
 
 Measure = Callable[[str, float], float]
 DROP_IN = "/run/systemd/system/mcft-agent.service.d/fail-step.conf"
+LABEL = f"/var/lib/mcft/labels/{UUID}/vda"
 SETTLE_S = 5.0  # the command has ended: only what libvirt and systemd still tidy up on their own
 CONVERGE_S = 40.0
 
@@ -56,6 +57,14 @@ def clean_routes(fresh_world: None) -> None:
     for host in HOSTS:
         host.sh(without)
         assert "quickack" not in host.sh("ip route show"), host
+
+
+@pytest.fixture(autouse=True)
+def no_old_copy(fresh_world: None) -> None:
+    """What an earlier test left on h2 as an old copy would rightly change: its disk is overwritten, its label says so
+    (`test_an_overwritten_copy_is_no_copy_any_more`). Here the standby's host has never seen vm1."""
+    assert H2.qemu_pid() is None and not H2.status()
+    H2.sh(f"rm -rf {LABEL.rpartition('/')[0]} {IMAGE}")
 
 
 def both() -> Before:
@@ -227,3 +236,22 @@ def stops(found: list[tuple[float, str, str]]) -> tuple[list[float], list[float]
             into.append(at - stopped)
             stopped = None
     return before, switch, after
+
+
+def test_an_overwritten_copy_is_no_copy_any_more(observer: Observer) -> None:
+    """An old copy, stale but whole, is overwritten by a protecting that is then undone: from then on it is nobody's disk.
+
+    `protocol.md`, "Disks": synchronising, or that aborted: `syncing`. Fails if the undo puts the label `stale` back, or if
+    the next protecting does not take such a disk.
+    """
+    observer.hears()
+    protect(H1)
+    H1.mcft("solo", "vm1")
+    H1.await_state("solo")
+    until(lambda: H2.sh(f"cat {LABEL}").startswith("stale("), 10, "the given-up copy is labelled stale")
+    with failing(H1, "put quorum over the disks:after"):
+        assert H1.mcft("protect", "vm1", "--to", "host2", check=False, timeout=120).returncode == 1
+        assert H2.sh(f"cat {LABEL}").startswith("syncing ")
+        H1.await_state("solo")
+    protect(H1)
+    goes_on(observer)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from world import LAB, now, until
+from world import LAB, guest_answers, now, until
 
 
 class Client:
@@ -106,8 +106,23 @@ class Load:
         """Until each gets further than it is now."""
         lines, writes = self.connection.ask("report")["echoed"], self.writer.ask("report")["acknowledged"]
         self.observer.hears(timeout)
-        until(lambda: self.connection.ask("report")["echoed"] > lines, timeout, "the open connection goes on")
-        until(lambda: self.writer.ask("report")["acknowledged"] > writes, timeout, "redis acknowledges further writes")
+        until(
+            lambda: self.connection.ask("report")["echoed"] > lines, timeout,
+            lambda: f"the open connection goes on\n{self.said()}",
+        )  # fmt: skip
+        until(
+            lambda: self.writer.ask("report")["acknowledged"] > writes, timeout,
+            lambda: f"redis acknowledges further writes\n{self.said()}",
+        )  # fmt: skip
+
+    def said(self) -> str:
+        """All that the observers know, and whether the guest is reached at all: a stall has several causes."""
+        beacon = self.observer.report()
+        return (
+            f"connection {self.connection.ask('report')}\nredis {self.writer.ask('report')}\n"
+            f"beacon: {beacon['count']} heard, {beacon['violation_count']} taken back {beacon['violations'][:3]}\n"
+            f"the guest {'answers' if guest_answers() else 'does NOT answer'} on its control port"
+        )
 
     def finished(self, timeout: float = 30.0) -> dict[str, Any]:
         """End them: every line came back once and in order, every acknowledged write is there."""

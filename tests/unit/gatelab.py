@@ -60,6 +60,8 @@ class FakeQmp:
         self.hold_replies: set[str] = set()  # commands that are not answered
         self.objects: list[str] = []
         self.chardevs: list[str] = ["charserial0"]
+        self.colo_mode = "secondary"  # what `query-colo-status` says; a broken stream ends it
+        self.says_exit = True  # a COLO_EXIT event comes with that end
         self.fds: dict[str, socket.socket] = {}
         self._client: socket.socket | None = None
         self._lock = threading.RLock()
@@ -128,6 +130,7 @@ class FakeQmp:
             "query-status": {"status": self.status, "running": self.status == "running"},
             "qom-list": [{"name": o} for o in self.objects],
             "query-chardev": [{"label": c} for c in self.chardevs],
+            "query-colo-status": {"mode": self.colo_mode, "last-mode": "none", "reason": "none"},
         }.get(name, {})
         made = self.answers.get(name, made)
         if name not in self.hold_replies:
@@ -135,6 +138,8 @@ class FakeQmp:
                 self._write(client, {"error": {"class": "GenericError", "desc": str(made)}, "id": message["id"]})
             else:
                 self._write(client, {"return": made, "id": message["id"]})
+        if name == "yank" and self.says_exit:
+            self.end_colo()
         # Recorded last: whoever sees a command here may write an event behind its reply.
         self.times.append(arrived_ms)
         self.commands.append(message)
@@ -148,6 +153,19 @@ class FakeQmp:
             assert self._client is not None
             stamp = {"seconds": 1, "microseconds": 0}
             self._write(self._client, {"event": name, "data": data, "timestamp": stamp})
+
+    def end_colo(self) -> None:
+        """QEMU's COLO thread has left its loop: no load is under way, none begins."""
+        with self._lock:
+            self.colo_mode = "none"
+            self._write(
+                self._client,
+                {
+                    "event": "COLO_EXIT",
+                    "data": {"mode": "secondary", "reason": "error"},
+                    "timestamp": {"seconds": 1, "microseconds": 0},
+                },
+            )
 
     def raw(self, data: bytes) -> None:
         with self._lock:

@@ -417,6 +417,43 @@ def test_closed_primary_need_not_be_waited_for(standby: GateLab) -> None:
     assert standby.qmp.time_of("cont") < began + T
 
 
+def test_the_last_checkpoint_is_loaded_before_the_copy_runs(standby: GateLab) -> None:
+    """A whole checkpoint may wait in the socket when its primary dies: QEMU loads it even after the yank.
+
+    A `cont` before the end of that load ran a guest whose memory was then written over (seen in the lab: it rebooted).
+    """
+    standby.qmp.status, standby.qmp.says_exit = "colo", False
+    agent = standby.start()
+    until(lambda: standby.peer.last.record == "armed" and standby.peer.heard[-1].echo)
+    agent.ask("claim")
+    agent.ask("update", record="taken")
+    ident = agent.post("take", peer_closed=True)
+    until(lambda: standby.qmp.sent("yank"))
+    standby.qmp.event("RESUME", "running")  # the load's end, as QEMU tells it: frozen once more
+    until(lambda: standby.qmp.sent("stop"))
+    agent.ask("status")
+    assert not standby.qmp.sent("cont")
+    standby.qmp.end_colo()
+    until(lambda: standby.qmp.sent("cont"))
+    standby.qmp.event("RESUME", "running")
+    assert agent.answer(ident)["running"] is True
+
+
+def test_a_missed_end_of_the_stream_is_asked_for(standby: GateLab) -> None:
+    """A gate restarted in the middle missed COLO_EXIT: `query-colo-status` tells; until it does, nothing runs."""
+    standby.qmp.status, standby.qmp.says_exit = "colo", False
+    agent = standby.start()
+    agent.ask("claim")
+    agent.ask("update", record="taken")
+    ident = agent.post("take", peer_closed=True)
+    until(lambda: len(standby.qmp.sent("query-colo-status")) > 2)
+    assert not standby.qmp.sent("cont")
+    standby.qmp.colo_mode = "none"
+    until(lambda: standby.qmp.sent("cont"))
+    standby.qmp.event("RESUME", "running")
+    assert agent.answer(ident)["running"] is True
+
+
 def test_restarted_standby_waits_t_after_its_start(standby: GateLab) -> None:
     """It does not know what its dead predecessor echoed last, and has heard nobody since."""
     standby.qmp.status = "colo"
