@@ -13,6 +13,7 @@ from mcft.agent.process import run
 from mcft.agent.site import Life
 from mcft.agent.steps import Step
 from mcft.diskreplica import Disk
+from mcft.engines import tcg
 from mcft.errors import Failed, Refused
 from mcft.gate.state import GateState, LinkSpec, process_start
 from mcft.generations import Kind
@@ -128,6 +129,7 @@ class Copy(Life):
         self.body.qemu_pid, self.body.qemu_start, self.body.boot_id = info.qemu_pid, start, hook.boot_id()
         if refusal := await self.engine.unsupported(self.qmp):
             raise Refused("engine", f"{self.site.config.name} can't follow {self.body.domain}", refusal)
+        self.body.tcg = await tcg.translates(self.qmp)
         await self.save()
 
     async def _destroy(self) -> None:
@@ -188,7 +190,7 @@ class Copy(Life):
             self.body.uuid, self.body.domain, self.body.pid, self.body.g, "standby", self.body.key, self.monitor_path(),
             self.body.qemu_pid, self.body.qemu_start, self.body.links, record="preparing", mode="closed", buffer="none",
             nics=self.body.nics, silenced=[n.target for n in self.body.nics], loss_ms=self.site.config.loss_ms,
-            delay_ms=self.body.delay_ms, lan_check=list(self.site.config.lan_check),
+            delay_ms=self.body.delay_ms, lan_check=list(self.site.config.lan_check), tcg=self.body.tcg,
         )  # fmt: skip
 
     async def _end_gate(self) -> None:

@@ -58,6 +58,7 @@ class Body(msgspec.Struct):
     peer_versions: dict[str, str] = {}
     previous: str = ""  # the body that this instance would replace: put back if the set-up is undone
     copy_lost: bool = False
+    tcg: bool = False  # the guest runs without KVM
     route_changed: bool = False  # mcft set `quickack` on the route to the peer
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from mcft.engines import tcg
 from mcft.errors import Failed
 from mcft.qmp_passthrough import Qmp
 
@@ -32,6 +33,7 @@ class Colo:
 
     name = "colo"
     _short = False
+    _hides: tcg.Function | None = None
 
     async def unsupported(self, qmp: Qmp) -> str:
         version = (await qmp.execute("query-version"))["qemu"]
@@ -44,13 +46,22 @@ class Colo:
             return f"its QEMU is {number[0]}.{number[1]}: {why}; QEMU 11.1 or newer is needed"
         if not await qmp.execute("qom-list-types", implements="monitor-qmp"):
             return f"its QEMU {number[0]}.{number[1]} can't add a monitor while it runs (no object type monitor-qmp)"
+        if await tcg.translates(qmp) and (await qmp.execute("query-target"))["arch"] not in ("x86_64", "i386"):
+            return "its guest runs without KVM, and mcft knows how to checkpoint that for x86 machines only"
         return ""
 
     async def listen(self, qmp: Qmp, address: str, port: int) -> None:
+        if await tcg.translates(qmp):
+            await tcg.follow(qmp)
         await self._capabilities(qmp, ("return-path", "x-colo"), True)
         await qmp.execute("migrate-incoming", uri=_uri(address, port))
 
     async def start(self, qmp: Qmp, address: str, port: int, delay_ms: int, max_bandwidth_bytes: int) -> None:
+        self._hides = None
+        if await tcg.translates(qmp):
+            self._hides = await tcg.function_to_hide(qmp)
+            if self._hides is None:
+                raise Failed("tcg", "its guest runs without KVM on a machine with no PCI device", "checkpoints would lack pages")
         await self._capabilities(qmp, CAPABILITIES, True)
         parameters = {"x-checkpoint-delay": delay_ms, "max-bandwidth": max_bandwidth_bytes, "downtime-limit": SHORT_DOWNTIME_MS}
         await qmp.execute("migrate-set-parameters", **parameters)
@@ -68,6 +79,8 @@ class Colo:
         return status == "pre-switchover"
 
     async def begin_checkpoints(self, qmp: Qmp) -> None:
+        if self._hides is not None:
+            await tcg.flush_tlbs(qmp, self._hides)
         await qmp.execute("migrate-continue", state="pre-switchover")
 
     async def abort(self, qmp: Qmp) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from mcft.engines import tcg
 from mcft.failover import Act, Verdict
 from mcft.gate.control import Answer, Denied
 from mcft.gate.core import Gate, remove_drop_filter, set_link
@@ -151,12 +152,14 @@ class Standby:
         self._following, self._took = self._following and not ended, True
         replies: list[Message] = []
         for command in ("nbd-server-stop", "stop", "x-colo-lost-heartbeat"):
-            self._send(command, replies)
+            self._send(command, {}, replies=replies)
         if not ended and not (yield from self._until_no_colo(replies)):
             answer(Denied("QEMU does not end the checkpoint stream: neither COLO_EXIT nor colo mode none"))
             return
+        if self.gate.state.tcg:
+            self._send(*tcg.lead_command(), replies=replies)
         # Not waited for: QEMU says RESUME before its main loop, busy committing, comes to the last reply.
-        self._send("cont", replies)
+        self._send("cont", {}, replies=replies)
         ran = yield self.gate.wait(self._runs_or_gone, 300.0)
         status = "running" if ran and self.gate.own_qemu == "running" else ""
         deadline_ms = boottime_ms() + TAKE_DEADLINE_MS
@@ -174,8 +177,8 @@ class Standby:
         self.gate.persist()
         answer({"running": True, "timing_ms": self.timing()})
 
-    def _send(self, command: str, replies: list[Message]) -> None:
-        self.gate.send_commands(Commands([(command, {})]), partial(self._take_reply, command, replies))
+    def _send(self, command: str, arguments: dict[str, Any], *, replies: list[Message]) -> None:
+        self.gate.send_commands(Commands([(command, arguments)]), partial(self._take_reply, command, replies))
 
     def _take_reply(self, command: str, replies: list[Message], rows: list[Message]) -> None:
         replies.extend(rows)
@@ -190,7 +193,7 @@ class Standby:
             if reply.get("return", {}).get("mode") == "none":
                 self._following = self._flushed = False
                 self._timing.pop("resume", None)
-                self._send("stop", replies)
+                self._send("stop", {}, replies=replies)
                 return True
             yield self.gate.wait(self._stream_over, 5.0)
         return False

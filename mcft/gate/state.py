@@ -25,6 +25,7 @@ class GateState(msgspec.Struct):
     """pid: 32 hex digits; key: 64 hex digits; qemu_start: clock ticks since boot (/proc/PID/stat field 22).
 
     yank: instances for QEMU's `yank`. silenced: interfaces that `speak` sets up and frees of mcft's drop filter.
+    tcg: the guest runs without KVM (`engines/tcg.py`).
     """
 
     uuid: str
@@ -51,6 +52,7 @@ class GateState(msgspec.Struct):
     disk_error: str = ""
     serial: int = 0
     limit_bytes: int = 64 * 1024 * 1024
+    tcg: bool = False
 
 
 def paths(run_dir: str, uuid: str) -> tuple[str, str]:
