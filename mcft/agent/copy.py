@@ -178,7 +178,7 @@ class Copy(Life):
                 await run("qemu-img", "create", "-q", "-f", "qcow2", path, str(disk.size_bytes))
                 os.chown(path, owner.st_uid, owner.st_gid)
         address = self.site.config.listen_addresses[0]
-        self.body.nbd_port = self.site.take_port(address, udp=False)
+        self.body.nbd_port = self.site.ports.take(address, udp=False)
         await diskreplica.prepare_secondary(self.qmp, found, self.body.g, address, self.body.nbd_port)
         self._label()
 
@@ -198,7 +198,7 @@ class Copy(Life):
 
     async def _listen(self) -> None:
         address = self.site.config.listen_addresses[0]
-        self.body.mig_port = self.site.take_port(address, udp=False)
+        self.body.mig_port = self.site.ports.take(address, udp=False)
         await self.engine.listen(self.qmp, address, self.body.mig_port)
 
 

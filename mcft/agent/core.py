@@ -1,4 +1,4 @@
-"""The agent's core: one `Life` per protection, what operators ask of them, what the other agent asks, and protecting again."""
+"""The agent's core: one `Life` per protection, what operators ask of them and what the other agent asks."""
 
 from __future__ import annotations
 
@@ -11,21 +11,19 @@ import msgspec
 
 from mcft import api, diskreplica, generations, netbuffer
 from mcft.agent import domainxml, model, protection, standby, statusview
+from mcft.agent.again import VOID_STATES
 from mcft.agent.events import EventLog
 from mcft.agent.hook import boot_id
 from mcft.agent.jobs import JobHandle, Jobs
 from mcft.agent.protection import Primary
-from mcft.agent.site import Life, Site, boottime_ms, log
+from mcft.agent.site import Life, Site, log
 from mcft.agent.standby import Standby
 from mcft.diskreplica import Disk
 from mcft.errors import Failed, McftError, NotFound, Refused, Unreachable, Usage
 from mcft.generations import Kind, Ledger
 from mcft.units import DELAY_MAX_MS, DELAY_MIN_MS
 
-AGAIN_EVERY_S = 1.0
 OWNER_STATES = ("solo", "active", "stopped", "unprotected")
-VOID_STATES = ("", "lost", "stopped", "unprotected", "failed")
-MAX_FAILURES = 5
 
 
 class Core:
@@ -34,6 +32,7 @@ class Core:
     def __init__(self, site: Site) -> None:
         self.site = site
         self.lives: dict[str, Life] = {}
+        site.ports.held = self._ports
         self._preparing: dict[str, asyncio.Task[msgspec.Struct]] = {}  # by instance: peers ask on several links at once
         self._verbs: dict[str, Callable[[str, bytes], Awaitable[msgspec.Struct]]] = {
             "hello": self._hello,
@@ -70,13 +69,10 @@ class Core:
             side = body.role
         ledger = Ledger.load(body.pid, side, body.g, [(r.g, r.kind) for r in kinds if r.side == side])
         life = self._alive(body, ledger)
-        for link in body.links:
-            self.site.ports_taken.add(link.local_port)
         if body.links and ledger.newest not in (Kind.LOST, Kind.ENDED, Kind.GIVEN_UP) and not ledger.won:
             self.site.route_users.setdefault(body.links[0].peer, set()).add(body.uuid)
         if body.route_changed and body.links:
             self.site.routes_changed.add(body.links[0].peer)
-        self.site.ports_taken |= {body.mig_port, body.nbd_port} if body.role == "standby" else set()
         if body.boot_id != boot_id():
             body.next_try_boottime_ms = 0.0  # the clock of another boot
         self.site.spawn(self._adopt(life), f"adopt {body.domain}")
@@ -124,11 +120,20 @@ class Core:
     def _gone(self, life: Life) -> None:
         if self.lives.get(life.body.uuid) is life:
             del self.lives[life.body.uuid]
-        for link in life.body.links:
-            self.site.ports_taken.discard(link.local_port)
-        self.site.ports_taken -= {life.body.mig_port, life.body.nbd_port}
         if life.body.previous and life.body.role == "primary" and life.ledger.newest in (None, Kind.PREPARING):
             self.site.spawn(self._put_back(life.body.previous), f"put {life.body.domain} back")
+
+    async def put_back(self, uuid: str) -> Life:
+        """The protection that a failed protecting would have replaced, once it is back."""
+        while uuid not in self.lives:
+            await asyncio.sleep(0.01)
+        return self.lives[uuid]
+
+    def _ports(self) -> set[int]:
+        """What the protections here hold; a primary's `mig_port` and `nbd_port` are its standby's."""
+        held = [(life.body, life.body.role == "standby") for life in self.lives.values() if life.body.state not in VOID_STATES]
+        ports = {link.local_port for body, _ in held for link in body.links}
+        return ports | {port for body, ours in held if ours for port in (body.mig_port, body.nbd_port)}
 
     async def _put_back(self, text: str) -> None:
         """A set-up that would have replaced a solo or active protection was undone: the intention stays."""
@@ -240,8 +245,6 @@ class Core:
         life.on_gone = self._gone
         if previous is not None:
             body.previous = model.encode(previous.body).decode()
-            for link in previous.body.links:
-                self.site.ports_taken.discard(link.local_port)
         self.lives[body.uuid] = life
         try:
             await life.protect(job.step)
@@ -269,11 +272,9 @@ class Core:
         running = self.jobs.running(life.body.domain)
         if verb == "unprotect" and running is not None and running.kind == "protect":
             await self._cancelled(running.id)
-            while life.body.previous and life.body.uuid not in self.lives:
-                await asyncio.sleep(0.01)  # what the protecting would have replaced is being put back
-            if life.body.uuid not in self.lives:
+            if not life.body.previous and life.body.uuid not in self.lives:
                 return self.jobs.start(verb, life.body.domain, _done("the protecting was cancelled and undone"), request.key)
-            life = self.lives[life.body.uuid]
+            life = await self.put_back(life.body.uuid)
         target = life
 
         async def work(job: JobHandle) -> str:
@@ -427,7 +428,7 @@ class Core:
             raise Refused("old-generation", f"generation {request.g} of {request.domain} is not newer than {highest} here")
         await self.site.hook.prove(self.site.config.name, domainxml.machine(request.persistent_xml))
         made = standby.make_body(request, self.site.config, peer)
-        port = self.site.take_port(self.site.config.listen_addresses[0], udp=True)
+        port = self.site.ports.take(self.site.config.listen_addresses[0], udp=True)
         made.links = [msgspec.structs.replace(link, local_port=port) for link in made.links]
         if life is not None:
             await life.close()
@@ -540,59 +541,6 @@ class Core:
             life.lifecycle(event, detail)
         if event in ("started", "stopped") and life.body.role == "primary" and life.body.state in OWNER_STATES:
             self.site.spawn(self._as_primary(life).look(), f"look at {life.body.domain}")
-
-    async def again(self) -> None:
-        """For ever: protect again what has lost its standby, under the protocol's conditions."""
-        while True:
-            await asyncio.sleep(AGAIN_EVERY_S)
-            for life in list(self.lives.values()):
-                try:
-                    await self._maybe_again(life)
-                except Exception as error:
-                    log.info("%s: not protected again yet: %r", life.body.domain, error)
-
-    async def _maybe_again(self, life: Life) -> None:
-        body, config = life.body, self.site.config
-        if body.role != "primary" or body.state not in ("solo", "active", "unprotected") or body.manual or body.overlays_g:
-            return
-        if not config.auto_protect or self.site.maintenance or self.jobs.running(body.domain):
-            return
-        if boottime_ms() < body.next_try_boottime_ms:
-            return
-        if body.state != "unprotected" and not life.ledger.spoken:
-            return
-        since = self.site.peer(body.peer).reachable_since
-        wait_ms = config.reprotect_after_restart_ms if body.quick_return else config.reprotect_after_ms
-        if body.state == "unprotected":
-            wait_ms = 0
-        if since is None or boottime_ms() - since * 1000 < wait_ms or boottime_ms() - body.next_try_boottime_ms < wait_ms:
-            return
-        theirs = await self.site.ask(body.peer, "records", self._about(life), model.Records, 3.0)
-        if theirs.running or theirs.qemu_alive or theirs.state not in VOID_STATES:
-            return
-        request = api.ProtectRequest(
-            body.domain, body.peer, body.delay_ms, body.engine_asked, body.buffer_asked, body.disk_paths, body.overwrite
-        )
-
-        async def work(job: JobHandle) -> str:
-            return await self._again(life, request, job)
-
-        life.event("again", f"protecting again to {body.peer}")
-        self.jobs.start("protect", body.domain, work)
-
-    async def _again(self, life: Life, request: api.ProtectRequest, job: JobHandle) -> str:
-        try:
-            return await self.protect_now(request, job)
-        except McftError as error:
-            body = life.body
-            body.failures += 1
-            body.next_try_boottime_ms = boottime_ms() + min(60_000 * 2 ** (body.failures - 1), 3_600_000)
-            if body.failures >= MAX_FAILURES:
-                body.manual = f"protecting again failed {body.failures} times: {error}"
-                life.to_state("failed", body.manual)
-            await life.save()
-            life.event("again", f"protecting again failed: {error}", "warning")
-            raise
 
 
 def _done(text: str) -> Callable[[JobHandle], Awaitable[str]]:

@@ -10,11 +10,13 @@ import sys
 from pathlib import Path
 
 from mcft.agent import sd
+from mcft.agent.again import Again
 from mcft.agent.core import Core
 from mcft.agent.events import EventLog
 from mcft.agent.hook import HookProof, Markers
 from mcft.agent.jobs import Jobs
 from mcft.agent.peers import PeerLink
+from mcft.agent.ports import Ports
 from mcft.agent.server import Server
 from mcft.agent.site import Site
 from mcft.agent.store import Store
@@ -45,7 +47,7 @@ async def _run(config: Config) -> None:
     events = await EventLog.open(store)
     markers = Markers(config)
     host = LibvirtHost(config.libvirt_uri)
-    site = Site(config, store, events, Jobs(), host, markers, HookProof(host, markers))
+    site = Site(config, store, events, Jobs(), host, markers, HookProof(host, markers), Ports(*config.ports))
     core = Core(site)
     host._on_lifecycle = core.lifecycle
     await host.start()
@@ -57,7 +59,7 @@ async def _run(config: Config) -> None:
     server = Server(config, core)
     await server.start()
     site.spawn(host.keep_connected(), "keep libvirt connected")
-    site.spawn(core.again(), "protect again")
+    site.spawn(Again(core).run(), "protect again")
     site.spawn(_versions_later(site), "versions")
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()

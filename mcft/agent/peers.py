@@ -60,7 +60,6 @@ class PeerLink:
         self.detail = "not tried yet"
         self._hello = hello
         self._links = [_Link(config, peer, address) for address in peer.addresses]
-        self._since: float | None = None
         self._last_ok: float | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -82,9 +81,10 @@ class PeerLink:
         return self._last_ok is not None and boottime_s() - self._last_ok <= GAP_S
 
     @property
-    def reachable_since(self) -> float | None:
-        """Since when (CLOCK_BOOTTIME, s) it answers without a gap of more than 3 s; None if it does not."""
-        return self._since if self.reachable else None
+    def carries_since(self) -> float | None:
+        """Since when (CLOCK_BOOTTIME, s) the link that carries checkpoints answers without a gap of more than 3 s; or None."""
+        link = self._links[0]
+        return link.since if link.last_ok is not None and boottime_s() - link.last_ok <= GAP_S else None
 
     @property
     def last_ok(self) -> dict[str, float | None]:
@@ -174,8 +174,8 @@ class PeerLink:
 
     def _answered(self, link: _Link) -> None:
         now = boottime_s()
-        if self._last_ok is None or now - self._last_ok > GAP_S:
-            self._since = now
+        if link.last_ok is None or now - link.last_ok > GAP_S:
+            link.since = now
         self._last_ok, self.detail = now, ""
         link.last_ok = now
         if link.trouble != "":
@@ -205,6 +205,7 @@ class _Link:
     def __init__(self, config: Config, peer: Peer, address: str) -> None:
         self.address = address
         self.last_ok: float | None = None
+        self.since: float | None = None  # the first answer after a gap
         self.trouble: str | None = None
         self._config = config
         self._peer = peer

@@ -74,7 +74,7 @@ class Setup(Life):
 
     async def _prepare_standby(self) -> None:
         body, config = self.body, self.site.config
-        port = self.site.take_port(config.listen_addresses[0], udp=True)
+        port = self.site.ports.take(config.listen_addresses[0], udp=True)
         peer = config.peers[body.peer]
         pairs = list(zip(config.listen_addresses, peer.addresses, strict=False))
         request = model.Prepare(

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import os
 import shutil
-import socket
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from mcft.agent.events import utc_now as utc_now
 from mcft.agent.gates import GateLink
 from mcft.agent.jobs import Jobs
 from mcft.agent.peers import PeerLink
+from mcft.agent.ports import Ports
 from mcft.agent.process import run
 from mcft.agent.steps import Runner
 from mcft.agent.store import Store
@@ -49,9 +49,9 @@ class Site:
     host: LibvirtHost
     markers: hook.Markers
     hook: hook.HookProof
+    ports: Ports
     peers: dict[str, PeerLink] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=lambda: {"mcft": __version__})
-    ports_taken: set[int] = field(default_factory=set)
     runner: Runner = field(default_factory=Runner)
     maintenance: bool = False
     route_users: dict[str, set[str]] = field(default_factory=dict)  # peer's address → uuids that want `quickack`
@@ -95,25 +95,6 @@ class Site:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-    def take_port(self, address: str, *, udp: bool) -> int:
-        """A free port of the configured range on this address. Raises: Refused ("no-port")."""
-        first, last = self.config.ports
-        for port in range(first, last + 1):
-            if port in self.ports_taken:
-                continue
-            family = socket.AF_INET6 if ":" in address else socket.AF_INET
-            with socket.socket(family, socket.SOCK_DGRAM if udp else socket.SOCK_STREAM) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                try:
-                    probe.bind((address, port))
-                except OSError:
-                    continue
-            self.ports_taken.add(port)
-            return port
-        raise Refused(
-            "no-port", f"no free port in {first}-{last} on {address}", "every protection takes up to three", "widen [ports] range"
-        )
 
 
 class Life:

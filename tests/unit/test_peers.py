@@ -119,15 +119,15 @@ async def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[
 async def test_hello_keeps_it_reachable(lab: Lab) -> None:
     link = lab.link()
     assert not link.reachable
-    assert link.reachable_since is None
+    assert link.carries_since is None
     await until(lambda: link.reachable)
-    since = link.reachable_since
+    since = link.carries_since
     assert since is not None
     assert link.last_hello == b'{"from":"host2"}'
     ok = link.last_ok["127.0.0.1"]
     assert ok is not None
     await until(lambda: (link.last_ok["127.0.0.1"] or 0) > ok)
-    assert link.reachable_since == since
+    assert link.carries_since == since
     assert link.detail == ""
 
 
@@ -136,15 +136,15 @@ async def test_a_gap_is_seen(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     relay = await lab.relay("127.0.0.2")
     link = lab.link("127.0.0.2")
     await until(lambda: link.reachable)
-    since = link.reachable_since
+    since = link.carries_since
     relay.cut = True
     await until(lambda: not link.reachable)
     await until(lambda: "no answer" in link.detail)
     relay.cut = False
     await until(lambda: link.reachable)
-    assert link.reachable_since is not None
+    assert link.carries_since is not None
     assert since is not None
-    assert link.reachable_since > since + 0.3
+    assert link.carries_since > since + 0.3
 
 
 async def test_a_call_on_a_warm_connection_is_quick(lab: Lab) -> None:

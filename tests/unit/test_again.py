@@ -1,0 +1,93 @@
+"""Protecting again by itself: when, and what a failed try leaves. Core, site and lives are FAKES; `Again` is real."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from mcft.agent import again
+from mcft.agent.again import Again
+from mcft.errors import Failed, Unreachable
+
+MINUTE = 60_000.0
+
+
+class World:
+    """One solo protection, its peer answering for 100 s."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now_ms = 1_000_000.0
+        monkeypatch.setattr(again, "boottime_ms", lambda: self.now_ms)
+        self.peer = SimpleNamespace(carries_since=900.0)
+        config = SimpleNamespace(auto_protect=True, reprotect_after_restart_ms=500.0, reprotect_after_ms=30_000.0)
+        site = SimpleNamespace(
+            config=config, maintenance=False, jobs=SimpleNamespace(running=lambda _domain: None), peer=lambda _name: self.peer
+        )
+        self.again = Again(SimpleNamespace(site=site, lives={}))  # type: ignore[arg-type]
+        self.body = SimpleNamespace(
+            domain="vm1", role="primary", state="solo", manual="", overlays_g=0, quick_return=False, peer="host2",
+            next_try_boottime_ms=0.0, failures=0,
+        )  # fmt: skip
+        self.said: list[str] = []
+
+    @property
+    def life(self) -> Any:
+        async def save() -> None: ...
+
+        def to_state(state: str, _reason: str) -> None:
+            self.body.state = state
+
+        return SimpleNamespace(
+            body=self.body, ledger=SimpleNamespace(spoken=True), save=save, to_state=to_state,
+            event=lambda _kind, text, _level="": self.said.append(text),
+        )  # fmt: skip
+
+    def not_yet(self) -> str:
+        return self.again._not_yet(self.life)
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> World:
+    return World(monkeypatch)
+
+
+def test_protected_again_once_the_peer_has_answered_long_enough(world: World) -> None:
+    assert world.not_yet() == ""
+    world.peer.carries_since = world.now_ms / 1000 - 29
+    assert "long enough" in world.not_yet()
+    world.body.quick_return = True
+    assert world.not_yet() == ""
+
+
+def test_a_cut_replication_link_is_waited_for(world: World) -> None:
+    world.peer.carries_since = None
+    assert "replication link" in world.not_yet()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("manual", "disk error"), ("overlays_g", 4), ("state", "protected"), ("state", "failed"), ("role", "standby")],
+)
+def test_not_while_something_forbids_it(world: World, field: str, value: Any) -> None:
+    setattr(world.body, field, value)
+    assert world.not_yet()
+
+
+async def test_each_failure_waits_longer_and_the_fifth_is_the_last(world: World) -> None:
+    for failures, wait_ms in enumerate((MINUTE, 2 * MINUTE, 4 * MINUTE, 8 * MINUTE), 1):
+        await world.again._failed(world.life, Failed("x", "it failed"))
+        assert (world.body.failures, world.body.state) == (failures, "solo")
+        assert world.not_yet()
+        world.now_ms += wait_ms + 30_000.0
+        assert world.not_yet() == ""
+    await world.again._failed(world.life, Failed("x", "it failed"))
+    assert world.body.state == "failed"
+    assert "5 times" in world.body.manual
+
+
+async def test_a_peer_that_went_away_is_no_failure(world: World) -> None:
+    for _ in range(10):
+        await world.again._failed(world.life, Unreachable("peer-unreachable", "host2 did not answer"))
+    assert (world.body.failures, world.body.state) == (0, "solo")
