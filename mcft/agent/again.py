@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import TYPE_CHECKING
 
 from mcft import api
 from mcft.agent import model
 from mcft.agent.jobs import JobHandle
-from mcft.agent.site import Life, boottime_ms, log
 from mcft.errors import McftError, Unreachable
+from mcft.gate.loop import boottime_ms
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # so that it can be tested without libvirt
     from mcft.agent.core import Core
+    from mcft.agent.site import Life
+
+log = logging.getLogger(__name__)
 
 EVERY_S = 1.0
 MAX_FAILURES = 5
