@@ -11,7 +11,9 @@ QEMU `docs/interop/qmp-spec.rst`.
 from __future__ import annotations
 
 import json
+import select
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,7 +49,7 @@ Reply = Callable[[Message], None]
 
 @dataclass
 class Monitor:
-    """One client of the added monitor. `connect`, then `receive` whenever the socket is readable."""
+    """One client of the added monitor. `open` and `negotiate`, or `connect`; then `receive` whenever the socket is readable."""
 
     path: str
     sock: socket.socket | None = None
@@ -57,38 +59,58 @@ class Monitor:
     _replies: dict[str, Reply] = field(default_factory=dict)
     _serial: int = 0
     _unsent: bytearray = field(default_factory=bytearray)
+    _opening: socket.socket | None = None  # connected, not negotiated yet
+    _early: list[Message] = field(default_factory=list)  # came right behind the negotiation's reply
 
-    def connect(self, timeout_s: float = 2.0) -> None:
-        """Connect and negotiate; blocks (start-up only). Raises: MonitorGone."""
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        sock.settimeout(timeout_s)
+    def open(self) -> socket.socket:
+        """Connect without waiting; `negotiate` whenever this socket is readable. Raises: MonitorGone.
+
+        A QEMU whose main loop hangs accepts and says nothing: nobody may block for its greeting.
+        """
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
         try:
             sock.connect(self.path)
-            greeting = self._read_one(sock)
-            self.oob = "oob" in greeting.get("QMP", {}).get("capabilities", [])
-            enable = {"enable": ["oob"]} if self.oob else {}
-            sock.sendall(json.dumps({"execute": "qmp_capabilities", "arguments": enable}).encode() + b"\n")
-            while "return" not in (answer := self._read_one(sock)):
-                if "error" in answer:
-                    raise MonitorGone(f"QMP negotiation refused: {answer['error'].get('desc')}")
         except OSError as error:
             sock.close()
             raise MonitorGone(f"monitor {self.path}: {error}") from None
-        sock.setblocking(False)
-        # Nothing that was meant for an earlier connection is sent on this one.
-        self._unsent.clear()
-        self._replies.clear()
-        self.sock = sock
+        # Nothing that was meant for an earlier connection is sent or read on this one.
+        self.close()
+        self._opening = sock
+        return sock
 
-    def _read_one(self, sock: socket.socket) -> Message:
-        data = b""
-        while not data.endswith(b"\n"):
-            byte = sock.recv(1)
-            if not byte:
-                raise MonitorGone("QEMU closed the monitor during the greeting")
-            data += byte
-        message: Message = json.loads(data)
-        return message
+    def negotiate(self) -> bool:
+        """Take the greeting, ask for out-of-band execution; True once commands can be sent. Raises: MonitorGone."""
+        if self._opening is None:
+            return self.sock is not None
+        messages = self._lines.feed(_read(self._opening))
+        while messages:
+            message = messages.pop(0)
+            if "QMP" in message:
+                self.oob = "oob" in message["QMP"].get("capabilities", [])
+                enable = {"enable": ["oob"]} if self.oob else {}
+                line = json.dumps({"execute": "qmp_capabilities", "arguments": enable}).encode() + b"\n"
+                try:
+                    self._opening.sendall(line)  # the first bytes on a fresh socket: there is room
+                except OSError as error:
+                    raise MonitorGone(str(error)) from None
+            elif "error" in message:
+                raise MonitorGone(f"QMP negotiation refused: {message['error'].get('desc')}")
+            elif "return" in message:
+                self.sock, self._opening, self._early = self._opening, None, messages
+                return True
+        return False
+
+    def connect(self, timeout_s: float = 2.0) -> None:
+        """Connect and negotiate, blocking; for those without a loop. Raises: MonitorGone."""
+        sock = self.open()
+        deadline_s = time.monotonic() + timeout_s
+        try:
+            while not self.negotiate():
+                if not select.select([sock], [], [], max(0.0, deadline_s - time.monotonic()))[0]:
+                    raise MonitorGone(f"monitor {self.path}: no greeting within {timeout_s:g} s")
+        except MonitorGone:
+            self.close()
+            raise
 
     def encode(
         self, command: str, arguments: Message | None = None, on_reply: Reply | None = None, *, oob: bool = False
@@ -140,15 +162,10 @@ class Monitor:
         """
         if self.sock is None:
             raise MonitorGone("not connected")
-        try:
-            data = self.sock.recv(1 << 20)
-        except BlockingIOError:
-            return []
-        except OSError as error:
-            raise MonitorGone(str(error)) from None
-        if not data:
-            raise MonitorGone("end of file")
-        return self._lines.feed(data)
+        if self._early:
+            early, self._early = self._early, []
+            return early
+        return self._lines.feed(_read(self.sock))
 
     def dispatch(self, message: Message, now_ms: float) -> Message | None:
         """An event is returned; a reply is given to whoever sent its command (None is returned)."""
@@ -167,11 +184,26 @@ class Monitor:
 
     def close(self) -> None:
         """Let go of the socket; every waiting caller gets an error reply."""
-        if self.sock is not None:
-            self.sock.close()
-            self.sock = None
+        for sock in (self.sock, self._opening):
+            if sock is not None:
+                sock.close()
+        self.sock = self._opening = None
+        self._early = []
         waiting, self._replies = self._replies, {}
         self._unsent.clear()
         self._lines = Lines()
         for on_reply in waiting.values():
             on_reply({"error": {"class": "MonitorGone", "desc": "the monitor closed"}})
+
+
+def _read(sock: socket.socket) -> bytes:
+    """What waits in a non-blocking socket, empty if nothing does. Raises: MonitorGone at the end of the stream."""
+    try:
+        data = sock.recv(1 << 20)
+    except BlockingIOError:
+        return b""
+    except OSError as error:
+        raise MonitorGone(str(error)) from None
+    if not data:
+        raise MonitorGone("end of file")
+    return data

@@ -65,9 +65,9 @@ class Gate:
         self.silence = Silence(state.loss_ms, self.started_ms)
         self.lan = LanCheck(self.loop, state.lan_check)
         self._pidfd = -1
+        self._opening: socket.socket | None = None
         self._alarmed = ""
         self._last_send_ms = float("-inf")
-        self._monitor_lost_ms: float | None = None
         self.side = make_side(self)
         self._handlers: dict[str, Callable[[dict[str, Any], Answer], None]] = {
             "status": lambda request, answer: answer(self.status()),
@@ -145,18 +145,28 @@ class Gate:
             self._decide(boottime_ms())
 
     def _connect_monitor(self) -> None:
-        if self.own_qemu != "running":
+        if self.own_qemu != "running" or self._opening is not None or self.monitor.sock is not None:
             return
         try:
-            self.monitor.connect()
+            self._opening = self.monitor.open()
         except MonitorGone:
             self.loop.after(RECONNECT_MS, self._connect_monitor)
             return
-        self._monitor_lost_ms = None
-        assert self.monitor.sock is not None
+        self.loop.watch(self._opening, selectors.EVENT_READ, lambda _events: self._negotiate())
+
+    def _negotiate(self) -> None:
+        assert self._opening is not None
+        try:
+            if not self.monitor.negotiate():
+                return
+        except MonitorGone:
+            self._monitor_lost()
+            return
+        self._opening = None
         self.monitor.last_reply_ms = boottime_ms()
-        self.loop.watch(self.monitor.sock, selectors.EVENT_READ, self._monitor_ready)
+        self._watch_monitor()
         self.side.monitor_connected()
+        self._read_monitor()
 
     def _monitor_ready(self, events: int) -> None:
         if events & selectors.EVENT_WRITE:
@@ -187,8 +197,10 @@ class Gate:
             self._monitor_lost()
 
     def _monitor_lost(self) -> None:
-        if self.monitor.sock is not None:
-            self.loop.forget(self.monitor.sock)
+        for sock in (self.monitor.sock, self._opening):
+            if sock is not None:
+                self.loop.forget(sock)
+        self._opening = None
         self.monitor.close()
         if process_start(self.state.qemu_pid) != self.state.qemu_start:
             self._qemu_ended()
@@ -337,7 +349,9 @@ class Gate:
 
     def _decide(self, now_ms: float) -> None:
         """Decide until the first verdict that ends the watching; that one stands until the agent acts."""
-        if self.verdict is not None or self.switching or self.state.record not in WATCHED:
+        if self.verdict is not None or self.state.record not in WATCHED:
+            return
+        if self.switching and self.own_qemu not in ("gone", "shutdown"):
             return
         verdict = decide(self.view(now_ms), self.settings)
         if verdict.act is Act.WAIT:

@@ -39,6 +39,7 @@ class LanCheck:
     answered_ms: float = float("-inf")
     asked_ms: float = float("-inf")
     _sequence: int = 0
+    _forgotten: int = 0
     _sock: socket.socket | None = field(default=None)
 
     def ask(self, now_ms: float) -> None:
@@ -66,13 +67,15 @@ class LanCheck:
             header = (packet[0] & 15) * 4
             if len(packet) < header + 8 or address not in self.addresses:
                 continue
-            kind, _, _, ident, _ = struct.unpack_from("!BBHHH", packet, header)
-            if kind == 0 and ident == _IDENT:
+            kind, _, _, ident, sequence = struct.unpack_from("!BBHHH", packet, header)
+            age = (self._sequence - sequence) & 0xFFFF
+            if kind == 0 and ident == _IDENT and age < self._sequence - self._forgotten:
                 self.answered_ms = boottime_ms()
 
     def forget(self) -> None:
-        """We were stalled: only answers from now on count."""
+        """We were stalled: only answers to what is asked from now on count, not those that waited in the socket meanwhile."""
         self.answered_ms = float("-inf")
+        self._forgotten = self._sequence
 
     def ok(self, now_ms: float, silent_ms: float) -> bool:
         """Whether the LAN has answered since the peer fell silent; without addresses: whether any NIC has carrier."""

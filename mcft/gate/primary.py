@@ -306,30 +306,36 @@ class Primary:
         """
         state, deadline_ms = self.gate.state, boottime_ms() + SWITCH_DEADLINE_MS
         self.gate.switching = True
-        while boottime_ms() < deadline_ms and not self.commit.dead:
+        while boottime_ms() < deadline_ms and not self._over():
             before = self.commit.stats.acknowledged
 
             def went_on(before: int = before) -> bool:
-                return self.commit.stats.acknowledged > before or bool(self.commit.dead)
+                return self.commit.stats.acknowledged > before or self._over()
 
             yield Commands([("migrate-set-parameters", {"x-checkpoint-delay": MAX_DELAY_MS})])
             yield self.gate.wait(went_on, max(0.0, deadline_ms - boottime_ms()))
-            yield self.gate.wait(lambda: not self.commit.outstanding or bool(self.commit.dead), 1000.0)
-            if self.commit.dead or self.commit.outstanding or self.commit.stats.acknowledged == before:
+            yield self.gate.wait(lambda: not self.commit.outstanding or self._over(), 1000.0)
+            if self._over() or self.commit.outstanding or self.commit.stats.acknowledged == before:
                 break
             self.buffer.close()
             _, reply = yield Commands([("stop", {}), ("query-status", {})])
             status = reply.get("return", {})
-            if status.get("status") == "paused" and not self.commit.dead:
+            if self._over():
+                break  # what is closed then stays closed
+            if status.get("status") == "paused":
                 self._close("planned switch")
                 answer({"stopped": True, "acknowledged": self.commit.stats.acknowledged})
                 return
             self.buffer.reopen()
         yield Commands([("migrate-set-parameters", {"x-checkpoint-delay": int(state.delay_ms)})])
-        if self.buffer.mode == "closed" and not self.commit.dead:
+        if self.buffer.mode == "closed" and not self._over():
             self.buffer.reopen()
         self.gate.switching = False
         answer(Denied(f"no last checkpoint within {SWITCH_DEADLINE_MS / 1000:.0f} s {self.commit.dead}".strip()))
+
+    def _over(self) -> bool:
+        """The stream or QEMU died: nothing may be opened again by a mere switch."""
+        return bool(self.commit.dead) or self.gate.verdict is not None
 
     # ---- the agent's requests ----
 
