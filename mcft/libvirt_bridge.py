@@ -25,6 +25,9 @@ from mcft.errors import Failed, NotFound, Refused
 log = logging.getLogger("mcft.libvirt")
 T = TypeVar("T")
 Lifecycle = Callable[[str, str, int], None]
+QemuEvent = Callable[[str, dict[str, Any]], None]
+DISK_EVENTS = "^(BLOCK_IO_ERROR|QUORUM_FAILURE|QUORUM_REPORT_BAD)$"
+REGEX = 1  # VIR_CONNECT_DOMAIN_QEMU_MONITOR_EVENT_REGISTER_REGEX
 EVENTS = ("defined", "undefined", "started", "suspended", "resumed", "stopped", "shutdown", "pmsuspended", "crashed")
 _event_thread: threading.Thread | None = None
 
@@ -58,11 +61,12 @@ def _start_events() -> None:
 
 
 class LibvirtHost:
-    """One host's libvirt. on_lifecycle(uuid, event, detail) is called on the asyncio loop."""
+    """One host's libvirt. on_lifecycle(uuid, event, detail) and on_disk_event(uuid, QMP event) are called on the asyncio loop."""
 
     def __init__(self, uri: str, on_lifecycle: Lifecycle | None = None) -> None:
         self.uri = uri
         self._on_lifecycle = on_lifecycle
+        self.on_disk_event: QemuEvent | None = None
         self._pool = ThreadPoolExecutor(8, thread_name_prefix="libvirt")
         self._lock = threading.Lock()
         self._conn: Any = None
@@ -93,12 +97,19 @@ class LibvirtHost:
             self._conn = libvirt.open(self.uri)
             self._conn.setKeepAlive(5, 3)
             self._conn.domainEventRegisterAny(None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._lifecycle, None)
+            libvirt_qemu.qemuMonitorEventRegister(self._conn, None, DISK_EVENTS, self._disk_event, None, REGEX)
             return self._conn
 
     def _lifecycle(self, _conn: Any, domain: Any, event: int, detail: int, _opaque: Any) -> None:
         if self._loop is not None and self._on_lifecycle is not None:
             name = EVENTS[event] if event < len(EVENTS) else str(event)
             self._loop.call_soon_threadsafe(self._on_lifecycle, domain.UUIDString(), name, detail)
+
+    def _disk_event(self, _conn: Any, domain: Any, event: str, seconds: int, micros: int, details: str, _opaque: Any) -> None:
+        if self._loop is not None and self.on_disk_event is not None:
+            stamp = {"seconds": seconds, "microseconds": micros}
+            message = {"event": event, "data": json.loads(details or "{}"), "timestamp": stamp}
+            self._loop.call_soon_threadsafe(self.on_disk_event, domain.UUIDString(), message)
 
     async def call(self, work: Callable[[Any], T], timeout_s: float = 15.0) -> T:
         """Run work(connection) in the pool.

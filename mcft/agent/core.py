@@ -542,6 +542,12 @@ class Core:
         if event in ("started", "stopped") and life.body.role == "primary" and life.body.state in OWNER_STATES:
             self.site.spawn(self._as_primary(life).look(), f"look at {life.body.domain}")
 
+    def disk_event(self, uuid: str, event: dict[str, Any]) -> None:
+        """Called on the loop. The gate sees these itself, unless it was down or its monitor broken just then."""
+        life = self.lives.get(uuid)
+        if life is not None and life.body.state == "protected":
+            self.site.spawn(life.tell_gate_of(event), f"{event['event']} of {life.body.domain}")
+
 
 def _done(text: str) -> Callable[[JobHandle], Awaitable[str]]:
     async def work(_job: JobHandle) -> str:

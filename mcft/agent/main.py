@@ -50,6 +50,7 @@ async def _run(config: Config) -> None:
     site = Site(config, store, events, Jobs(), host, markers, HookProof(host, markers), Ports(*config.ports))
     core = Core(site)
     host._on_lifecycle = core.lifecycle
+    host.on_disk_event = core.disk_event
     await host.start()
     await _versions(site)
     for name, peer in config.peers.items():

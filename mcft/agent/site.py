@@ -326,6 +326,11 @@ class Life:
             copy_lost=self.body.copy_lost,
         )  # fmt: skip
 
+    async def tell_gate_of(self, event: dict[str, Any]) -> None:
+        """A QMP event that its gate may have missed; a gate that does not come back within 30 s is systemd's trouble."""
+        async with asyncio.timeout(30):
+            await self.gate.insist("event", event=event)
+
     async def close(self) -> None:
         """The agent stops; gates go on."""
         await self.gate.let_go()

@@ -66,6 +66,7 @@ class Gate:
         self.lan = LanCheck(self.loop, state.lan_check)
         self._pidfd = -1
         self._opening: socket.socket | None = None
+        self._monitor_since_ms = float("inf")
         self._alarmed = ""
         self._last_send_ms = float("-inf")
         self.side = make_side(self)
@@ -73,6 +74,7 @@ class Gate:
             "status": lambda request, answer: answer(self.status()),
             "update": self._update,
             "qmp": self._qmp,
+            "event": self._missed_event,
             "quit": self._quit,
             **self.side.handlers(),
         }
@@ -163,7 +165,7 @@ class Gate:
             self._monitor_lost()
             return
         self._opening = None
-        self.monitor.last_reply_ms = boottime_ms()
+        self.monitor.last_reply_ms = self._monitor_since_ms = boottime_ms()
         self._watch_monitor()
         self.side.monitor_connected()
         self._read_monitor()
@@ -384,6 +386,15 @@ class Gate:
         self.persist()
         self.say()
         answer({})
+
+    def _missed_event(self, request: dict[str, Any], answer: Answer) -> None:
+        """A disk's error as libvirt's monitor saw it: acted upon if we were not connected when QEMU wrote it."""
+        event = request["event"]
+        age_ms = time.time() * 1000 - event["timestamp"]["seconds"] * 1000 - event["timestamp"]["microseconds"] / 1000
+        missed = self.monitor.sock is None or boottime_ms() - age_ms < self._monitor_since_ms
+        if missed:
+            self._event(event, boottime_ms())
+        answer({"missed": missed})
 
     def _qmp(self, request: dict[str, Any], answer: Answer) -> None:
         """Commands for the added monitor, pipelined; the replies as QEMU gave them."""

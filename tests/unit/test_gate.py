@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -301,6 +302,30 @@ def test_keepalives_go_on_while_the_monitor_of_a_hung_qemu_is_connected_again(pr
     until(lambda: len(primary.peer.heard) > count + 3)
     gaps = [b - a for a, b in itertools.pairwise(t for t in primary.peer.heard_ms if t >= before)]
     assert max(gaps) < T, "the standby would take it for the primary's loss"
+
+
+def disk_error(age_ms: float) -> dict[str, Any]:
+    seconds, micros = divmod(int((time.time() * 1000 - age_ms) * 1000), 1_000_000)
+    stamp = {"seconds": seconds, "microseconds": micros}
+    return {"event": "QUORUM_REPORT_BAD", "data": {"node-name": "x", "type": "write"}, "timestamp": stamp}
+
+
+def test_a_disk_error_that_the_dead_gate_missed_is_learnt_from_libvirt(primary: GateLab) -> None:
+    """Fails if a copy that missed a write while the gate was away may still take over."""
+    agent = protected(primary)
+    primary.kill_gate()
+    event = disk_error(age_ms=0)
+    agent = primary.start()
+    assert agent.ask("event", event=event) == {"missed": True}
+    assert agent.note("verdict")["act"] == "break"
+    assert agent.ask("status")["disk_error"]
+
+
+def test_what_the_gate_saw_itself_is_not_told_again(primary: GateLab) -> None:
+    """libvirt tells later: by then the stream may be over, and such errors are its end's, not the disk's."""
+    agent = protected(primary)
+    assert agent.ask("event", event=disk_error(age_ms=-5)) == {"missed": False}
+    assert not agent.ask("status")["disk_error"]
 
 
 # ---- standby ----
