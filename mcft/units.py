@@ -31,16 +31,16 @@ def parse_duration_ms(
     """Read "100ms", "1.5s", "2m" as milliseconds.
 
     what: the word for the value in refusals; usual_unit: the unit that they suggest. Raises `Usage` for
-    a missing or unknown unit, a negative number, zero unless zero_ok, and what is no number at all.
+    a missing or unknown unit, a negative number, zero unless zero_ok (a bare 0 needs no unit), and what is no number.
     """
     number, unit = _split(text, what, example="100ms")
-    if not unit:
+    if not unit and number:
         raise _bad(f'the {what} "{text}" has no unit: say {text.strip()}{usual_unit}')
-    if unit not in _DURATION_MS:
+    if unit and unit not in _DURATION_MS:
         raise _bad(f'the {what} "{text}" has an unknown unit: say 100ms, 1.5s or 2m')
-    milliseconds = number * _DURATION_MS[unit]
+    milliseconds = number * _DURATION_MS[unit] if unit else 0.0
     if milliseconds == 0 and not zero_ok:
-        raise _bad(f"the {what} must be more than zero")
+        raise _bad(f"the {what} must be more than zero, for example 100{usual_unit}")
     return milliseconds
 
 
