@@ -79,19 +79,20 @@ def _domains(connection: Any) -> Iterator[tuple[str, Any]]:
     import libvirt_qemu
 
     for domain in connection.listAllDomains():
+
+        def ask(command: str, domain: Any = domain, **arguments: Any) -> Any:
+            line = json.dumps({"execute": command, "arguments": arguments})
+            return json.loads(libvirt_qemu.qemuMonitorCommand(domain, line, 0)).get("return")
+
         persistent = bool(domain.isPersistent())
+        state = "checkpointed" if domain.isActive() and _checkpointed(ask) else domain.state()[0]
         yield (
             f"domain {domain.name()}",
-            {"uuid": domain.UUIDString(), "state": domain.state()[0], "persistent": persistent,
+            {"uuid": domain.UUIDString(), "state": state, "persistent": persistent,
              "autostart": bool(domain.autostart()) if persistent else None,
              "definition": domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE) if persistent else None},
         )  # fmt: skip
         if domain.isActive():
-
-            def ask(command: str, domain: Any = domain, **arguments: Any) -> Any:
-                line = json.dumps({"execute": command, "arguments": arguments})
-                return json.loads(libvirt_qemu.qemuMonitorCommand(domain, line, 0)).get("return")
-
             for key, value in _qemu(ask):
                 yield f"qemu {domain.name()} {key}", value
 
@@ -115,7 +116,12 @@ def _qemu(ask: Any) -> Iterator[tuple[str, Any]]:
     parameters = ask("query-migrate-parameters")
     yield "migration parameters", {name: parameters.get(name) for name in PARAMETERS}
     status = ask("query-status")
-    yield "status", [status["status"], status["running"]]
+    yield "status", "checkpointed" if _checkpointed(ask) else [status["status"], status["running"]]
+
+
+def _checkpointed(ask: Any) -> bool:
+    """Then whether it runs or stands just now is a matter of the moment."""
+    return bool((ask("query-colo-status") or {}).get("mode", "none") != "none")
 
 
 def _name(node: str) -> str:
