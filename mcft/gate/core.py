@@ -14,12 +14,13 @@ from typing import Any, Protocol
 from mcft.failover import Act, Qemu, Settings, Silence, Verdict, View, decide
 from mcft.gate.control import Answer, Control, Denied
 from mcft.gate.lan import LanCheck
-from mcft.gate.loop import Commands, Loop, Until, boottime_ms
+from mcft.gate.loop import Commands, Loop, Task, Until, boottime_ms
 from mcft.gate.state import GateState, paths, process_start, save
 from mcft.keepalive import Heard, Link, Session, Word
 from mcft.monitor import Message, Monitor, MonitorGone
 
 RECONNECT_MS = 20.0
+CONNECT_MS = 2000.0
 WATCHED = ("preparing", "arming", "armed", "protected")
 GONE_GRACE_MS = 200.0
 
@@ -89,11 +90,19 @@ class Gate:
         self.side.started()
         self._connect_monitor()
         self._keepalive_timer()
-        ready()
+        self.loop.spawn(self._say_ready(ready))
         while self.loop.running:
             self.loop.turn(self._turn)
         for link in self.links:
             link.sock.close()
+
+    def _say_ready(self, ready: Callable[[], None]) -> Task:
+        yield self.until_connected()
+        ready()
+
+    def until_connected(self) -> Until:
+        """For tasks that need the monitor: at most 2 s, and not for a dead QEMU."""
+        return self.wait(lambda: self.monitor.sock is not None or self.own_qemu != "running", CONNECT_MS)
 
     def open_links(self) -> None:
         """A link that can't be opened now (address missing) counts as silent; it is tried again with the timer."""
@@ -399,7 +408,12 @@ class Gate:
     def _qmp(self, request: dict[str, Any], answer: Answer) -> None:
         """Commands for the added monitor, pipelined; the replies as QEMU gave them."""
         commands = [(c["execute"], c.get("arguments", {})) for c in request["commands"]]
-        self.send_commands(Commands(commands, oob=bool(request.get("oob"))), answer)
+
+        def send() -> Task:
+            yield self.until_connected()
+            answer((yield Commands(commands, oob=bool(request.get("oob")))))
+
+        self.loop.spawn(send())
 
     def _quit(self, request: dict[str, Any], answer: Answer) -> None:
         answer({})

@@ -75,14 +75,18 @@ class Loop:
         self._step(task, None)
 
     def _step(self, task: Task, value: Any) -> None:
-        try:
-            wanted = task.send(value)
-        except StopIteration:
-            return
-        if isinstance(wanted, Commands):
-            self.send_commands(wanted, lambda replies: self._step(task, replies))
-        else:
-            self._waiting.append((wanted, task))
+        while True:
+            try:
+                wanted = task.send(value)
+            except StopIteration:
+                return
+            if isinstance(wanted, Commands):
+                self.send_commands(wanted, lambda replies: self._step(task, replies))
+                return
+            if not wanted.condition():
+                self._waiting.append((wanted, task))
+                return
+            value = True
 
     def turn(self, on_turn: Callable[[float], None]) -> None:
         """Wait for the next thing, then let everything that is due happen."""

@@ -201,6 +201,7 @@ class Primary:
             answer({})
             return
         self._attaching = True
+        yield self.gate.until_connected()
         state.serial += 1
         self.gate.persist()
         (reply,) = yield Commands([("qom-list", {"path": "/objects"})])
@@ -267,6 +268,7 @@ class Primary:
             answer({})
             return
         self._detaching = True
+        yield self.gate.until_connected()
         objects, chardevs, status = yield Commands(
             [("qom-list", {"path": "/objects"}), ("query-chardev", {}), ("query-status", {})]
         )

@@ -142,6 +142,7 @@ class Standby:
             answer(Denied("taken(g) must be durable first"))
             return
         self._timing["won"] = boottime_ms()
+        yield self.gate.until_connected()
         if not (request.get("peer_closed") or (self.gate.peer.closed and self.gate.peer.qemu in ("gone", "shutdown"))):
             yield self.gate.wait(lambda: boottime_ms() >= self.earliest_ms(), 2 * self.gate.state.loss_ms + 1000)
         self._timing["free"] = boottime_ms()
