@@ -76,7 +76,7 @@ def _show(load: Load) -> int:
         show(H2, "status")
     with step("host1 returns, learns that it lost, and becomes the standby"):
         H1.power_on()
-        H1.await_state("lost", timeout=30)
+        H1.await_lost(30)
         show(H1, "status")
         protect(H2, timeout=60)
     pause(1)

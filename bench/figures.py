@@ -105,7 +105,7 @@ def failures(leader: Host, lose: Callable[[Host], float], *, power: bool) -> tup
                 resumes.append(won + (resume - free))  # without waiting out the lease
             if power:
                 leader.power_on()
-            leader.await_state("lost", timeout=40)
+            leader.await_lost(40)
             leader = survivor
         observer.clean()
     finally:

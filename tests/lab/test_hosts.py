@@ -24,7 +24,7 @@ def test_a_returning_primary_starts_no_second_instance(load: Load) -> None:
     H2.await_state("active", timeout=15)
     load.goes_on()
     H1.power_on()
-    H1.await_state("lost", timeout=30)
+    H1.await_lost(30)
     text = H1.mcft("status", "vm1").stdout
     assert "LOST" in text and "host2" in text, text
     assert H1.qemu_pid() is None
@@ -36,7 +36,7 @@ def test_a_returning_primary_starts_no_second_instance(load: Load) -> None:
     H1.sh("virsh -q autostart vm1")
     H1.power_off()
     H1.power_on()
-    H1.await_state("lost", timeout=30)
+    H1.await_lost(30)
     pause(1.0)
     assert H1.qemu_pid() is None, "autostart started the stale copy"
     # And its new owner has it, with autostart as it was.
@@ -61,7 +61,7 @@ def test_planned_switch_there_and_back(load: Load, measure: Measure) -> None:
         target.await_state("active", timeout=10)
         load.goes_on()
         measure("client's gap, planned switch", load.observer.gap(at_s))
-        source.await_state("lost", timeout=20)
+        source.await_lost(20)
         assert source.qemu_pid() is None
         load.unhurt()
         protect(target)

@@ -76,7 +76,7 @@ def test_failure_while_the_agent_is_away(host: Host, load: Load, measure: Measur
     H2.await_state("active", timeout=20)
     load.goes_on()
     measure(f"client's gap, agent of the {'primary' if host is H1 else 'standby'} away", load.observer.gap(at_s))
-    H1.await_state("lost", timeout=20)
+    H1.await_lost(20)
     load.finished()
 
 
@@ -131,7 +131,7 @@ def test_failure_while_the_standbys_gate_is_away(load: Load) -> None:
     H1.kill_qemu()
     H2.await_state("active", timeout=20)
     load.goes_on()
-    H1.await_state("lost", timeout=20)
+    H1.await_lost(20)
     load.finished()
 
 

@@ -203,6 +203,15 @@ class Host:
         return until(reached, timeout, what)
 
 
+    def follows(self) -> bool:
+        """It lost; or, as the other protects again within a second where this agent was there all the time, it is the standby."""
+        status = self.status()
+        return status.get("state") == "lost" or status.get("role") == "standby"
+
+    def await_lost(self, timeout: float = 30.0) -> None:
+        until(self.follows, timeout, lambda: f"{self}: vm1 lost; it is {self.state()}")
+
+
 H1, H2 = Host("h1", "host1"), Host("h2", "host2")
 HOSTS = (H1, H2)
 
