@@ -17,6 +17,7 @@ Stream = Literal["alive", "overdue", "dead"]
 GATE_SILENT_MS = 3000.0  # (c): no keepalive, although checkpoints flow: the primary's gate does not come back
 SHUTDOWN_WORD_MS = 3000.0  # after SHUTDOWN the agent has this long to say whether it was intended
 NO_STANDBY_ANY_MORE = ("not-whole", "given-up", "lost", "ended")
+REBOOT_MS = 2000.0  # `virsh reboot` is a guest's SHUTDOWN whose QEMU lives on: libvirt resets and continues it
 HUNG_MS = 10000.0  # (e): the stream overdue by this much and the monitor silent
 
 
@@ -78,6 +79,7 @@ class View:
     peer_claiming: bool
     lan_ok: bool
     peer_record: str = ""
+    own_ended: bool = False
 
 
 def decide(view: View, settings: Settings) -> Verdict:
@@ -94,6 +96,8 @@ def stream_state(view: View, settings: Settings) -> Stream:
 
 def _primary(view: View, settings: Settings) -> Verdict:
     if view.own_qemu == "shutdown":
+        if not view.own_ended and view.shutdown_for_ms < REBOOT_MS:
+            return Verdict(Act.WAIT, "the guest shut down; its QEMU lives: it may be rebooted")
         return Verdict(Act.ENDED, "the guest shut down")
     if view.own_qemu == "gone":
         return Verdict(Act.DIED, "QEMU is gone without a shutdown of the guest")

@@ -54,6 +54,7 @@ class Gate:
         self.session = Session(bytes.fromhex(state.key), bytes.fromhex(state.pid))
         self.links: list[Link] = []
         self.own_qemu: Qemu = "unknown"
+        self.own_ended = False  # the process is dead, whatever it said before
         self.disk_error = state.disk_error
         self.peer: Word = Word()
         self.shutdown_ms: float | None = None
@@ -134,13 +135,13 @@ class Gate:
 
     def _watch_process(self) -> None:
         if process_start(self.state.qemu_pid) != self.state.qemu_start:
-            self.own_qemu = "gone"
+            self.own_qemu, self.own_ended = "gone", True
             return
         self.own_qemu = "running"
         try:
             self._pidfd = os.pidfd_open(self.state.qemu_pid)
         except OSError:
-            self.own_qemu = "gone"
+            self.own_qemu, self.own_ended = "gone", True
             return
         self.loop.watch(self._pidfd, selectors.EVENT_READ, lambda _events: self._qemu_ended())
 
@@ -151,7 +152,8 @@ class Gate:
             os.close(self._pidfd)
             self._pidfd = -1
         self._read_monitor()
-        if self.own_qemu not in ("gone", "shutdown"):
+        if not self.own_ended:
+            self.own_ended = True
             self.own_qemu = "shutdown" if self.shutdown_ms is not None else "gone"
             self._decide(boottime_ms())
 
@@ -225,6 +227,8 @@ class Gate:
         if name == "SHUTDOWN":
             self.shutdown_ms, self.shutdown_reason = now_ms, str(data.get("reason", ""))
             self.own_qemu = "shutdown"
+        elif name == "RESET" and self.shutdown_ms is not None and not self.own_ended:
+            self.shutdown_ms, self.shutdown_reason, self.own_qemu = None, "", "running"
         self.side.on_event(event, now_ms)
         if name not in ("STOP", "RESUME"):
             self.control.note("qemu", event=name, data=data)
@@ -315,7 +319,9 @@ class Gate:
                 self.peer.qemu, self.peer.closed, self.peer.claiming
             )  # fmt: skip
             self.peer = heard.word
-            if heard.word.qemu == "shutdown" and self.peer_shutdown_ms is None:
+            if heard.word.qemu != "shutdown":
+                self.peer_shutdown_ms = None
+            elif self.peer_shutdown_ms is None:
                 self.peer_shutdown_ms = now_ms
             self.side.on_heard(heard, now_ms)
             if changed:
@@ -343,6 +349,7 @@ class Gate:
             role="primary" if self.state.role == "primary" else "standby",
             armed=self.state.record in ("armed", "protected"),
             own_qemu=self.own_qemu,
+            own_ended=self.own_ended,
             shutdown_for_ms=0.0 if self.shutdown_ms is None else now_ms - self.shutdown_ms,
             stream_dead=self.side.stream_dead(),
             stream_age_ms=self.side.stream_age_ms(now_ms),

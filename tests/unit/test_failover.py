@@ -25,7 +25,9 @@ SILENT = {"silent_ms": T + 1, "stream_silent_ms": T + 1}
 PRIMARY: list[tuple[dict[str, Any], Act, str]] = [
     ({}, Act.WAIT, "stream alive"),
     ({"armed": False}, Act.WAIT, "stream alive"),
-    ({"own_qemu": "shutdown"}, Act.ENDED, "guest shut down"),
+    ({"own_qemu": "shutdown", "own_ended": True}, Act.ENDED, "guest shut down"),
+    ({"own_qemu": "shutdown", "shutdown_for_ms": 1999.0, "disk_error": "vda"}, Act.WAIT, "it may be rebooted"),
+    ({"own_qemu": "shutdown", "shutdown_for_ms": 2000.0}, Act.ENDED, "guest shut down"),
     ({"own_qemu": "gone"}, Act.DIED, "gone without a shutdown"),
     ({"own_qemu": "gone", "armed": False}, Act.DIED, "gone without a shutdown"),
     ({"own_qemu": "gone", "disk_error": "vda"}, Act.DIED, "gone without a shutdown"),

@@ -137,12 +137,24 @@ def test_dead_qemu_is_said_at_once(primary: GateLab) -> None:
     assert not [h for h in primary.peer.heard if h.word.qemu == "gone" and not h.word.closed]
 
 
+def test_a_shutdown_whose_qemu_is_reset_is_a_reboot(primary: GateLab) -> None:
+    """`virsh reboot` by ACPI: the guest shuts down, libvirt resets its QEMU and goes on. Nothing ends."""
+    agent = protected(primary)
+    primary.qmp.event("SHUTDOWN", "shutdown", guest=True, reason="guest-shutdown")
+    until(lambda: primary.peer.last.qemu == "shutdown")
+    primary.qmp.event("RESET", guest=False, reason="host-qmp-system-reset")
+    primary.qmp.event("RESUME", "running")
+    until(lambda: primary.peer.last.qemu == "running")
+    primary.qmp.checkpoint()
+    agent.status_when(lambda s: s["acknowledged"] and s["verdict"] is None and not s["closed"])
+
+
 def test_guests_shutdown_is_not_a_death(primary: GateLab) -> None:
     agent = protected(primary)
     primary.qmp.event("SHUTDOWN", "shutdown", guest=True, reason="guest-shutdown")
+    primary.kill_qemu()
     note = agent.note("verdict")
     assert (note["act"], note["shutdown"]) == ("ended", "guest-shutdown")
-    primary.kill_qemu()
     until(lambda: (primary.peer.last.qemu, primary.peer.last.closed) == ("shutdown", True))
     agent.ask("status")
     assert not [h for h in primary.peer.heard if h.word.qemu == "gone"]
