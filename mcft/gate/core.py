@@ -224,7 +224,7 @@ class Gate:
         name, data = event["event"], event.get("data") or {}
         stamp = event["timestamp"]
         self.event_lag_ms = time.time() * 1000 - stamp["seconds"] * 1000 - stamp["microseconds"] / 1000
-        if name == "SHUTDOWN":
+        if name == "SHUTDOWN" and self.shutdown_ms is None:  # the first tells why: libvirt then ends QEMU by a signal
             self.shutdown_ms, self.shutdown_reason = now_ms, str(data.get("reason", ""))
             self.own_qemu = "shutdown"
         elif name == "RESET" and self.shutdown_ms is not None and not self.own_ended:

@@ -152,6 +152,7 @@ def test_a_shutdown_whose_qemu_is_reset_is_a_reboot(primary: GateLab) -> None:
 def test_guests_shutdown_is_not_a_death(primary: GateLab) -> None:
     agent = protected(primary)
     primary.qmp.event("SHUTDOWN", "shutdown", guest=True, reason="guest-shutdown")
+    primary.qmp.event("SHUTDOWN", "shutdown", guest=False, reason="host-signal")  # libvirt, as its XML says destroy
     primary.kill_qemu()
     note = agent.note("verdict")
     assert (note["act"], note["shutdown"]) == ("ended", "guest-shutdown")
