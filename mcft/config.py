@@ -63,11 +63,12 @@ class Config:
     arbiter: str = "standby"
     operators: tuple[str, ...] = ()
     pki_dir: Path = Path("/etc/pki")
+    qemu_pki_dir: Path = Path("/etc/pki/qemu")
     state_dir: Path = Path("/var/lib/mcft")
     run_dir: Path = Path("/run/mcft")
     libvirt_uri: str = "qemu:///system"
     socket_group: str = "libvirt"
-    tls: StreamTls = "off"
+    tls: StreamTls = "required"
     lan_check: tuple[str, ...] = ()
 
     @property
@@ -166,6 +167,7 @@ def parse(text: str, origin: str = str(DEFAULT_PATH)) -> Config:
 
     tls = top.table("tls")
     tls.take(values, "pki_dir", "pki_dir", _directory)
+    tls.take(values, "qemu_pki_dir", "qemu_pki_dir", _directory)
     tls.take(values, "tls", "streams", _one_of(get_args(StreamTls)))
 
     values["peers"] = _peers(top.table("peers"))

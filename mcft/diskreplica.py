@@ -21,6 +21,7 @@ import msgspec
 
 from mcft.errors import Failed
 from mcft.qmp_passthrough import Qmp
+from mcft.streams import CREDENTIALS, Endpoint
 
 MIRROR_POLL_S = 0.02
 OVERLAYS = ("active", "hidden")
@@ -172,15 +173,16 @@ async def restore(qmp: Qmp, disks: list[Disk], *, was_running: bool = False) -> 
         await qmp.attempt("blockdev-del", node_name=name)
 
 
-def _nbd(target: str, node: str, address: str, port: int) -> dict[str, Any]:
-    server = {"type": "inet", "host": address, "port": str(port)}
-    return {"driver": "nbd", "node-name": node, "export": export_name(target), "server": server, "discard": "unmap"}
+def _nbd(target: str, node: str, there: Endpoint) -> dict[str, Any]:
+    server = {"type": "inet", "host": there.address, "port": str(there.port)}
+    tls = {"tls-creds": CREDENTIALS, "tls-hostname": there.hostname} if there.hostname else {}
+    return {"driver": "nbd", "node-name": node, "export": export_name(target), "server": server, "discard": "unmap", **tls}
 
 
-async def start_mirrors(qmp: Qmp, disks: list[Disk], address: str, port: int) -> None:
+async def start_mirrors(qmp: Qmp, disks: list[Disk], there: Endpoint) -> None:
     """Begin copying every disk to the standby's exports. Raises: QmpError (standby not reachable, export missing…)."""
     for disk in disks:
-        await qmp.execute("blockdev-add", **_nbd(disk.target, f"mcft-s-{disk.target}", address, port))
+        await qmp.execute("blockdev-add", **_nbd(disk.target, f"mcft-s-{disk.target}", there))
         await qmp.execute(
             "blockdev-mirror", job_id=f"mcft-m-{disk.target}", device=quorum(disk.target),
             target=f"mcft-s-{disk.target}", sync="full", auto_dismiss=False,
@@ -208,7 +210,7 @@ async def _mirrors(qmp: Qmp) -> list[dict[str, Any]]:
     return [j for j in await qmp.execute("query-jobs") if j["id"].startswith("mcft-m-")]
 
 
-async def swap_to_replication(qmp: Qmp, disks: list[Disk], address: str, port: int) -> None:
+async def swap_to_replication(qmp: Qmp, disks: list[Disk], there: Endpoint) -> None:
     """In `pre-switchover`, the guest standing still: end the mirrors, put replication in their place.
 
     Raises: Failed if a mirror ended with an error: then the copy is not the disk.
@@ -227,7 +229,7 @@ async def swap_to_replication(qmp: Qmp, disks: list[Disk], address: str, port: i
         await qmp.execute("blockdev-del", node_name=f"mcft-s-{target}")
         witness = {
             "driver": "quorum", "node-name": f"mcft-w-{target}", "vote-threshold": 1,
-            "children": [_nbd(target, nbd_node(target), address, port)],
+            "children": [_nbd(target, nbd_node(target), there)],
         }  # fmt: skip
         await qmp.execute(
             "blockdev-add", driver="replication", mode="primary", node_name=_replication(target), file=witness, discard="unmap"
@@ -280,7 +282,7 @@ def overlay_path(disk: Disk, layer: str, g: int) -> str:
     return f"{disk.path}.mcft-{g}-{layer}"
 
 
-async def prepare_secondary(qmp: Qmp, disks: list[Disk], g: int, address: str, port: int) -> None:
+async def prepare_secondary(qmp: Qmp, disks: list[Disk], g: int, here: Endpoint) -> None:
     """Overlays (already created, empty, owned by QEMU's user) under replication; the disk itself exported, writable."""
     await _add_nulls(qmp, disks)
     for disk in disks:
@@ -301,7 +303,8 @@ async def prepare_secondary(qmp: Qmp, disks: list[Disk], g: int, address: str, p
         await qmp.execute("blockdev-add", **_quorum_node(disk.target, _replication(disk.target)))
         await _set_drive(qmp, disk, quorum(disk.target))
     await _drop_nulls(qmp, disks)
-    await qmp.execute("nbd-server-start", addr={"type": "inet", "data": {"host": address, "port": str(port)}})
+    listener = {"type": "inet", "data": {"host": here.address, "port": str(here.port)}}
+    await qmp.execute("nbd-server-start", addr=listener, tls_creds=CREDENTIALS if here.hostname else None)
     for disk in disks:
         name = export_name(disk.target)
         await qmp.execute("block-export-add", type="nbd", id=name, node_name=disk.node, writable=True, name=name)

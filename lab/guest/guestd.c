@@ -254,6 +254,28 @@ static void disk_sum(const char *dev, char *out)
     waitpid(p, 0, 0);
 }
 
+/* Writes MIB MiB of numbers that grow from SEED on the raw device, past the page cache, each block acknowledged by the disk. */
+static void disk_fill(const char *arg, char *out)
+{
+    char dev[16], path[64];
+    unsigned long long seed, mib, done = 0;
+    uint64_t *b = 0;
+    if (sscanf(arg, "%15[a-z] %llu %llu", dev, &mib, &seed) != 3 || posix_memalign((void **)&b, BLOCK, 1 << 20)) {
+        strcpy(out, "error: fill DEV MIB SEED");
+        return;
+    }
+    snprintf(path, sizeof path, "/dev/%s", dev);
+    int fd = open(path, O_WRONLY | O_DIRECT | O_SYNC | O_CLOEXEC);
+    for (; done < mib; done++) {
+        for (int i = 0; i < 1 << 17; i++)
+            b[i] = seed * 0x9e3779b97f4a7c15 + (done << 20) + i;
+        if (write(fd, b, 1 << 20) != 1 << 20)
+            break;
+    }
+    sprintf(out, "%s %llu MiB", done == mib && !fsync(fd) ? "ok" : "error", done);
+    close(fd), free(b);
+}
+
 /* A clean end: redis and the writer stop, the disk is unmounted. */
 static void leave(int how)
 {
@@ -297,6 +319,8 @@ static void answer(char *c, char *out, size_t size)
         beacon_us = atoi(c + 7), strcpy(out, "ok");
     else if (!strncmp(c, "sum ", 4))
         disk_sum(c + 4, out);
+    else if (!strncmp(c, "fill ", 5))
+        disk_fill(c + 5, out);
     else if (!strncmp(c, "writer ", 7))
         writer_cmd(c + 7, out);
     else if (!strncmp(c, "dirty ", 6))
@@ -310,7 +334,7 @@ static void answer(char *c, char *out, size_t size)
         out[strcspn(out, "\n")] = 0;
         close(fd);
     } else
-        strcpy(out, "error: ping sync uptime fsck reboot poweroff | sum DEV | dirty MIB_PER_S | beacon [on|off|PERIOD_US] | writer start [MS]|stop|stat|check");
+        strcpy(out, "error: ping sync uptime fsck reboot poweroff | sum DEV | fill DEV MIB SEED | dirty MIB_PER_S | beacon [on|off|PERIOD_US] | writer start [MS]|stop|stat|check");
 }
 
 struct query { int s; struct sockaddr_in from; char text[256]; };

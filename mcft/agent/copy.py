@@ -7,7 +7,7 @@ import os
 import shutil
 from typing import Any
 
-from mcft import diskreplica
+from mcft import diskreplica, streams
 from mcft.agent import domainxml, hook, model, network
 from mcft.agent.process import run
 from mcft.agent.site import Life
@@ -19,6 +19,7 @@ from mcft.gate.state import GateState, LinkSpec, process_start
 from mcft.generations import Kind
 from mcft.libvirt_bridge import DomainInfo
 from mcft.qmp_passthrough import add_monitor
+from mcft.streams import Endpoint
 
 
 class Copy(Life):
@@ -50,7 +51,7 @@ class Copy(Life):
         await self.save()
         return model.Prepared(
             self.site.config.listen_addresses[0], self.body.mig_port, self.body.nbd_port, self.body.links[0].local_port,
-            dict(self.site.versions),
+            dict(self.site.versions), self.body.tls,
         )  # fmt: skip
 
     async def _intend(self) -> None:
@@ -151,6 +152,12 @@ class Copy(Life):
 
     async def _add_monitor(self) -> None:
         await add_monitor(self.qmp, self.monitor_path())
+        if self.body.tls:
+            await streams.add_credentials(self.qmp, self.site.config.qemu_pki_dir, "server")
+
+    def _here(self, port: int) -> Endpoint:
+        config = self.site.config
+        return Endpoint(config.listen_addresses[0], port, config.name if self.body.tls else "")
 
     async def _remove_monitor(self) -> None:
         if os.path.exists(self.monitor_path()):
@@ -179,7 +186,7 @@ class Copy(Life):
                 os.chown(path, owner.st_uid, owner.st_gid)
         address = self.site.config.listen_addresses[0]
         self.body.nbd_port = self.site.ports.take(address, udp=False)
-        await diskreplica.prepare_secondary(self.qmp, found, self.body.g, address, self.body.nbd_port)
+        await diskreplica.prepare_secondary(self.qmp, found, self.body.g, self._here(self.body.nbd_port))
         self._label()
 
     async def _start_gate(self) -> None:
@@ -197,13 +204,15 @@ class Copy(Life):
         await self.gate.end()
 
     async def _listen(self) -> None:
-        address = self.site.config.listen_addresses[0]
-        self.body.mig_port = self.site.ports.take(address, udp=False)
-        await self.engine.listen(self.qmp, address, self.body.mig_port)
+        self.body.mig_port = self.site.ports.take(self.site.config.listen_addresses[0], udp=False)
+        await self.engine.listen(self.qmp, self._here(self.body.mig_port))
 
 
 def make_body(request: model.Prepare, config: Any, peer: str) -> model.Body:
-    """A standby's body from what the primary asked; links from our addresses to the peer's, in the same order."""
+    """A standby's body from what the primary asked; links from our addresses to the peer's, in the same order.
+
+    Raises: Refused if the two sides' [tls] streams can't both be kept.
+    """
     addresses = config.peers[peer].addresses
     links = [
         LinkSpec(local, 0, remote, port)
@@ -212,5 +221,5 @@ def make_body(request: model.Prepare, config: Any, peer: str) -> model.Body:
     return model.Body(
         request.uuid, request.domain, request.pid, request.g, "standby", peer, engine="colo", delay_ms=request.delay_ms,
         key=request.key, xml=request.persistent_xml, autostart=request.autostart, disk_paths=dict(request.disk_paths),
-        links=links, buffer="none",
+        links=links, buffer="none", tls=streams.settle(request.tls, config.tls, config.qemu_pki_dir, config.name),
     )  # fmt: skip

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from mcft import config as configuration
-from mcft import diskreplica, filterbuffer
+from mcft import diskreplica, filterbuffer, streams
 from mcft.agent import model, network
 from mcft.agent.gates import unit
 from mcft.agent.hook import Markers
@@ -155,6 +155,7 @@ async def _open_network(qmp: Qmp, taps: list[str]) -> None:
     chardevs = [row["label"] for row in await qmp.execute("query-chardev")]
     for command, arguments in filterbuffer.detach_commands(objects, chardevs):
         await qmp.execute(command, **arguments)
+    await streams.drop_credentials(qmp)
 
 
 async def _clean_host(config: configuration.Config, uuid: str, body: model.Body | None, report: _Report) -> None:

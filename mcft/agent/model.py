@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from mcft.api import BufferChoice, EngineChoice, Role, State
+from mcft.config import StreamTls
 from mcft.diskreplica import Disk
 from mcft.gate.state import LinkSpec
 from mcft.netbuffer import Nic, Way
@@ -59,6 +60,7 @@ class Body(msgspec.Struct):
     previous: str = ""  # the body that this instance would replace: put back if the set-up is undone
     copy_lost: bool = False
     tcg: bool = False  # the guest runs without KVM
+    tls: bool = False  # checkpoints and disk blocks are encrypted
     route_changed: bool = False  # mcft set `quickack` on the route to the peer
 
 
@@ -122,6 +124,7 @@ class Prepare(msgspec.Struct, frozen=True):
     proof_g: int = 0
     qemu: str = ""
     buffer: str = "filter"
+    tls: StreamTls = "off"  # what the primary asks for, its own certificates being there
 
 
 class Prepared(msgspec.Struct, frozen=True):
@@ -132,6 +135,7 @@ class Prepared(msgspec.Struct, frozen=True):
     nbd_port: int
     keepalive_port: int
     versions: dict[str, str] = {}
+    tls: bool = False
 
 
 class Answer(msgspec.Struct, frozen=True):

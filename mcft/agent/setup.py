@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Callable
 from typing import Any
 
-from mcft import diskreplica, filterbuffer, generations
+from mcft import diskreplica, filterbuffer, generations, streams
 from mcft.agent import domainxml, hook, model
 from mcft.agent.site import Life, boottime_ms, log
 from mcft.agent.steps import Step
@@ -17,6 +17,7 @@ from mcft.gate.core import set_link
 from mcft.gate.state import GateState, LinkSpec, process_start
 from mcft.generations import Kind, Ledger
 from mcft.qmp_passthrough import add_monitor, remove_monitor
+from mcft.streams import Endpoint
 
 SWITCHOVER_DEADLINE_S = 600.0
 FIRST_CHECKPOINT_DEADLINE_S = 30.0
@@ -48,6 +49,7 @@ class Setup(Life):
             Step("ban unguarded starts", Setup._ban, Setup._unban),
             Step("prepare the standby", Setup._prepare_standby, Setup._discard_standby, undo_timeout_s=60.0),
             Step("add the monitor", Setup._add_monitor, Setup._remove_monitor),
+            Step("credentials for the streams", Setup._add_credentials, Setup._drop_credentials),
             Step("quick acknowledgements", Setup.set_quickack, Setup.clear_quickack),
             Step("start the gate", Setup._start_gate, Setup._end_gate),
             Step("attach the network buffer", Setup._attach, Setup._detach),
@@ -81,11 +83,12 @@ class Setup(Life):
             body.uuid, body.domain, body.pid, body.g, body.key, body.delay_ms, body.engine, config.loss_ms,
             await self.site.host.xml(body.uuid, migratable=True), body.xml, body.autostart, body.disks,
             [port] * len(pairs), body.disk_paths, body.overwrite, body.g - 1, self.site.versions.get("qemu", ""), body.buffer,
+            streams.offer(config.tls, config.qemu_pki_dir, config.name),
         )  # fmt: skip
         prepared = await self.site.ask(body.peer, "prepare", request, model.Prepared, 90.0)
         body.links = [LinkSpec(local, port, remote, prepared.keepalive_port) for local, remote in pairs]
         body.mig_port, body.nbd_port = prepared.mig_port, prepared.nbd_port
-        body.peer_versions = prepared.versions
+        body.peer_versions, body.tls = prepared.versions, prepared.tls
         self.to_state("syncing")
         await self.save()
 
@@ -105,6 +108,17 @@ class Setup(Life):
             await remove_monitor(self.qmp, self.monitor_path())
         elif os.path.exists(self.monitor_path()):
             os.unlink(self.monitor_path())
+
+    def _there(self, port: int) -> Endpoint:
+        return Endpoint(self._peer_address(), port, self.body.peer if self.body.tls else "")
+
+    async def _add_credentials(self) -> None:
+        if self.body.tls:
+            await streams.add_credentials(self.qmp, self.site.config.qemu_pki_dir, "client")
+
+    async def _drop_credentials(self) -> None:
+        if await self._qemu_here():
+            await streams.drop_credentials(self.qmp)
 
     async def _qemu_here(self) -> bool:
         return self.qemu_alive() and (await self.site.host.info(self.body.uuid)).running
@@ -162,7 +176,7 @@ class Setup(Life):
         return self.body.links[0].peer
 
     async def _copy(self) -> None:
-        await diskreplica.start_mirrors(self.qmp, self.body.disks, self._peer_address(), self.body.nbd_port)
+        await diskreplica.start_mirrors(self.qmp, self.body.disks, self._there(self.body.nbd_port))
         await diskreplica.mirrors_ready(
             self.qmp, self.body.disks, lambda progress: self.on_step("copy the disks", round(progress, 3))
         )
@@ -175,14 +189,14 @@ class Setup(Life):
         """Mirrors run until the guest stands still; then hold, swap, go on. A deadline: a lost standby says nothing."""
         body = self.body
         bandwidth = self.site.config.max_bandwidth_bytes or (1 << 40)
-        await self.engine.start(self.qmp, self._peer_address(), body.mig_port, body.delay_ms, bandwidth)
+        await self.engine.start(self.qmp, self._there(body.mig_port), body.delay_ms, bandwidth)
         deadline_ms = boottime_ms() + SWITCHOVER_DEADLINE_S * 1000
         while not await self.engine.switchover_reached(self.qmp):
             if boottime_ms() > deadline_ms:
                 raise Failed("switch-over", "the memory can't be copied: the guest dirties it faster than the link carries it")
             await asyncio.sleep(0.004)
         await self.gate.ask("hold")
-        await diskreplica.swap_to_replication(self.qmp, body.disks, self._peer_address(), body.nbd_port)
+        await diskreplica.swap_to_replication(self.qmp, body.disks, self._there(body.nbd_port))
         await self.gate.ask("update", yank=diskreplica.yank_instances(body.disks))
         await self.engine.begin_checkpoints(self.qmp)
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from mcft import __version__, diskreplica, generations
+from mcft import __version__, diskreplica, generations, streams
 from mcft.agent import hook, model, network
 from mcft.agent.events import EventLog
 from mcft.agent.events import utc_now as utc_now
@@ -294,6 +294,7 @@ class Life:
         await remove_monitor(self.qmp, self.monitor_path())
         await self.clear_quickack()
         await self.engine.reset(self.qmp)
+        await streams.drop_credentials(self.qmp)
         self.event("take-over", "the overlays are committed; nothing of the take-over is left in the domain")
 
     async def commit_offline(self) -> None:

@@ -42,7 +42,7 @@ def protection(
         domain=body.domain, uuid=body.uuid, instance=body.pid, role=body.role, peer=body.peer, engine=body.engine,
         state=body.state, reason=reason, next_step=next_step(body, host), guest_running=guest_running,
         output_flowing=primary and guest_running and _flows(body, gate),
-        survives_host_loss=bool(following) and not unsafe, unsafe=unsafe, generation=g, tls=False, delay_ms=body.delay_ms,
+        survives_host_loss=bool(following) and not unsafe, unsafe=unsafe, generation=g, tls=body.tls, delay_ms=body.delay_ms,
         since=body.since, checkpoints=_checkpoints(gate), network=_network(body, gate), disks=_disks(body, gate),
         keepalive=[_link(row) for row in gate.get("links", [])],
         versions=_versions(versions, body),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from mcft.qmp_passthrough import Qmp
+from mcft.streams import Endpoint
 
 
 class Engine(Protocol):
@@ -16,11 +17,11 @@ class Engine(Protocol):
         """Empty, or why this QEMU can't do it, in words for the operator."""
         ...
 
-    async def listen(self, qmp: Qmp, address: str, port: int) -> None:
-        """On the standby: capabilities, then wait for the stream on tcp:address:port."""
+    async def listen(self, qmp: Qmp, here: Endpoint) -> None:
+        """On the standby: capabilities, then wait for the stream."""
         ...
 
-    async def start(self, qmp: Qmp, address: str, port: int, delay_ms: int, max_bandwidth_bytes: int) -> None:
+    async def start(self, qmp: Qmp, there: Endpoint, delay_ms: int, max_bandwidth_bytes: int) -> None:
         """On the primary: capabilities, parameters, and the first pass of the migration."""
         ...
 

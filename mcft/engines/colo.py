@@ -12,6 +12,7 @@ from typing import Any
 from mcft.engines import tcg
 from mcft.errors import Failed
 from mcft.qmp_passthrough import Qmp
+from mcft.streams import CREDENTIALS, Endpoint
 
 MIN_VERSION = (11, 1)
 KNOWN_BROKEN = {
@@ -50,23 +51,29 @@ class Colo:
             return "its guest runs without KVM, and mcft knows how to checkpoint that for x86 machines only"
         return ""
 
-    async def listen(self, qmp: Qmp, address: str, port: int) -> None:
+    async def listen(self, qmp: Qmp, here: Endpoint) -> None:
         if await tcg.translates(qmp):
             await tcg.follow(qmp)
         await self._capabilities(qmp, ("return-path", "x-colo"), True)
-        await qmp.execute("migrate-incoming", uri=_uri(address, port))
+        if here.hostname:
+            await qmp.execute("migrate-set-parameters", **{"tls-creds": CREDENTIALS})
+        await qmp.execute("migrate-incoming", uri=here.uri)
 
-    async def start(self, qmp: Qmp, address: str, port: int, delay_ms: int, max_bandwidth_bytes: int) -> None:
+    async def start(self, qmp: Qmp, there: Endpoint, delay_ms: int, max_bandwidth_bytes: int) -> None:
         self._hides = None
         if await tcg.translates(qmp):
             self._hides = await tcg.function_to_hide(qmp)
             if self._hides is None:
                 raise Failed("tcg", "its guest runs without KVM on a machine with no PCI device", "checkpoints would lack pages")
         await self._capabilities(qmp, CAPABILITIES, True)
-        parameters = {"x-checkpoint-delay": delay_ms, "max-bandwidth": max_bandwidth_bytes, "downtime-limit": SHORT_DOWNTIME_MS}
+        parameters: dict[str, Any] = {
+            "x-checkpoint-delay": delay_ms, "max-bandwidth": max_bandwidth_bytes, "downtime-limit": SHORT_DOWNTIME_MS
+        }  # fmt: skip
+        if there.hostname:
+            parameters |= {"tls-creds": CREDENTIALS, "tls-hostname": there.hostname}
         await qmp.execute("migrate-set-parameters", **parameters)
         self._short = True
-        await qmp.execute("migrate", uri=_uri(address, port))
+        await qmp.execute("migrate", uri=there.uri)
 
     async def switchover_reached(self, qmp: Qmp) -> bool:
         migration = await self._migration(qmp)
@@ -104,7 +111,7 @@ class Colo:
         )
         defaults = {
             "x-checkpoint-delay": DEFAULT_CHECKPOINT_DELAY_MS, "max-bandwidth": DEFAULT_MAX_BANDWIDTH_BYTES,
-            "downtime-limit": DEFAULT_DOWNTIME_MS,
+            "downtime-limit": DEFAULT_DOWNTIME_MS, "tls-creds": "", "tls-hostname": "",
         }  # fmt: skip
         await qmp.attempt("migrate-set-parameters", **defaults)
 
@@ -118,6 +125,3 @@ class Colo:
     async def _capabilities(self, qmp: Qmp, names: tuple[str, ...], state: bool) -> None:
         await qmp.execute("migrate-set-capabilities", capabilities=[{"capability": n, "state": state} for n in names])
 
-
-def _uri(address: str, port: int) -> str:
-    return f"tcp:[{address}]:{port}" if ":" in address else f"tcp:{address}:{port}"

@@ -1,0 +1,121 @@
+"""Domains as they are: disks on every bus, backing chains, iothreads, an empty CD-ROM, two NICs."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+
+import pytest
+from watching import Load
+from world import H1, H2, HOSTS, Host, guest, guest_answers, protect, until
+
+FOLDER = "/var/lib/libvirt/images"
+NAMES = ("vdb", "sda", "sdb", "vdc")
+DISKS = f"""
+<iothreads>1</iothreads>
+<devices>
+  <controller type='scsi' index='0' model='virtio-scsi'/>
+  <disk type='file' device='disk'>
+    <driver name='qemu' type='qcow2' cache='none' discard='unmap'/><source file='{FOLDER}/vdb.qcow2'/>
+    <target dev='vdb' bus='virtio'/>
+  </disk>
+  <disk type='file' device='disk'>
+    <driver name='qemu' type='raw' cache='none' iothread='1'/><source file='{FOLDER}/vdc.img'/>
+    <target dev='vdc' bus='virtio'/>
+  </disk>
+  <disk type='file' device='disk'>
+    <driver name='qemu' type='raw' cache='none'/><source file='{FOLDER}/sda.img'/><target dev='sda' bus='sata'/>
+  </disk>
+  <disk type='file' device='disk'>
+    <driver name='qemu' type='raw' cache='none' discard='unmap'/><source file='{FOLDER}/sdb.img'/><target dev='sdb' bus='scsi'/>
+  </disk>
+  <disk type='file' device='cdrom'><target dev='sdc' bus='sata'/><readonly/></disk>
+  <interface type='bridge'>
+    <mac address='52:54:00:00:00:11'/><source bridge='br0'/><model type='virtio'/><driver name='qemu'/><rom enabled='no'/>
+  </interface>
+</devices>
+"""
+
+
+def make_files(host: Host) -> None:
+    host.sh(
+        f"cd {FOLDER} && rm -f vdb.* vdc.img sda.img sdb.img && truncate -s 16M vdc.img sda.img sdb.img &&"
+        " qemu-img create -q -f qcow2 vdb.base 16M && qemu-img create -q -f qcow2 -b vdb.base -F qcow2 vdb.qcow2"
+    )
+
+
+@pytest.fixture
+def many(fresh_world: None) -> Iterator[None]:
+    """vm1 with all of DISKS besides its own; afterwards vm1 as it was."""
+    definition = ET.fromstring(H1.run("virsh", "dumpxml", "vm1", "--inactive").stdout)
+    plain = ET.tostring(definition, encoding="unicode")
+    more = ET.fromstring(f"<more>{DISKS}</more>")
+    iothreads, extra = more.find("iothreads"), more.find("devices")
+    devices = definition.find("devices")
+    assert iothreads is not None and extra is not None and devices is not None
+    definition.insert(4, iothreads)
+    devices.extend(list(extra))
+    try:
+        make_files(H1)
+        start(ET.tostring(definition, encoding="unicode"))
+        yield
+    finally:
+        for host in HOSTS:
+            if host.status():
+                host.mcft("unprotect", "vm1", check=False)
+        for host in HOSTS:
+            host.run("virsh", "destroy", "vm1", check=False)
+            host.run("virsh", "undefine", "vm1", check=False)
+            host.mcft("forget", "vm1", "--local", "--yes", check=False)
+            host.sh(f"cd {FOLDER} && rm -f vdb.* vdc.img* sda.img* sdb.img*")
+        start(plain)
+
+
+def start(xml: str) -> None:
+    H1.sh(f"cat > /root/vm1.xml << 'EOF'\n{xml}\nEOF\nvirsh -q destroy vm1; virsh -q define /root/vm1.xml && virsh -q start vm1")
+    until(guest_answers, 60, "the guest answers")
+
+
+def fill(seed: int) -> None:
+    for position, name in enumerate(NAMES):
+        assert guest("fill", name, "4", str(seed * 10 + position), timeout=40).startswith("ok")
+
+
+def sums() -> dict[str, str]:
+    return {name: guest("sum", name, timeout=40) for name in NAMES}
+
+
+def test_every_disk_and_nic_of_a_domain(many: None, load: Load) -> None:
+    """Each disk's content comes along, what is written under protection included; both NICs are held.
+
+    Fails if one disk is copied and not replicated, if a chain or an iothread is in the way, if the second NIC is a hole.
+    """
+    fill(1)
+    protect(H1, timeout=90)
+    assert sorted(d["target"] for d in H1.status()["disks"]) == sorted(["vda", *NAMES])
+    load.flowing()
+    fill(2)
+    written = sums()
+    H1.kill_qemu()
+    H2.await_state("active", timeout=20)
+    load.goes_on()
+    assert sums() == written
+    until(lambda: "committed" in H2.status().get("last_event", {}).get("text", ""), 30, "the overlays are committed")
+    for name in ("sda", "sdb", "vdc"):
+        assert H2.sh(f"sha256sum {FOLDER}/{name}.img").split()[0] == written[name], name
+    graph = json.loads(H2.run("virsh", "qemu-monitor-command", "vm1", '{"execute":"query-named-block-nodes"}').stdout)
+    assert not [n["node-name"] for n in graph["return"] if n["node-name"].startswith("mcft-")]
+    load.finished()
+
+
+def test_and_back_to_as_it_was(many: None) -> None:
+    """Fails if unprotecting leaves a node on one of the disks, or if the guest does not survive it."""
+    fill(3)
+    before = sums()
+    protect(H1, timeout=90)
+    H1.mcft("unprotect", "vm1")
+    assert sums() == before
+    graph = json.loads(H1.run("virsh", "qemu-monitor-command", "vm1", '{"execute":"query-named-block-nodes"}').stdout)
+    assert not [n["node-name"] for n in graph["return"] if n["node-name"].startswith("mcft-")]
+    assert not H2.sh(f"ls {FOLDER}").split()
