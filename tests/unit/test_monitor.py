@@ -201,6 +201,7 @@ def test_a_failed_command_is_not_sent_later(qmp: FakeQmp, client: Monitor) -> No
         assert client.sock is not None and select.select([client.sock], [], [], PATIENCE_S)[0]
         for message in client.receive():
             client.dispatch(message, 0.0)
+    until(lambda: qmp.commands)  # the fake writes it down after its reply
     assert [c["execute"] for c in qmp.commands] == ["query-status"]
 
 
