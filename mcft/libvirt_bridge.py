@@ -21,12 +21,13 @@ import libvirt
 import libvirt_qemu
 
 from mcft.errors import Failed, NotFound, Refused
+from mcft.monitor import DISK_ERRORS
 
 log = logging.getLogger("mcft.libvirt")
 T = TypeVar("T")
 Lifecycle = Callable[[str, str, int], None]
 QemuEvent = Callable[[str, dict[str, Any]], None]
-DISK_EVENTS = "^(BLOCK_IO_ERROR|QUORUM_FAILURE|QUORUM_REPORT_BAD)$"
+DISK_EVENTS = f"^({'|'.join(DISK_ERRORS)})$"
 REGEX = 1  # VIR_CONNECT_DOMAIN_QEMU_MONITOR_EVENT_REGISTER_REGEX
 EVENTS = ("defined", "undefined", "started", "suspended", "resumed", "stopped", "shutdown", "pmsuspended", "crashed")
 _event_thread: threading.Thread | None = None

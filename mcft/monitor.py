@@ -20,6 +20,14 @@ from typing import Any
 
 Message = dict[str, Any]
 MAX_LINE_BYTES = 64 * 1024 * 1024
+# A write that one of the copies missed (QEMU: qapi/block-core.json): replication and quorum say it by these alone.
+DISK_ERRORS = ("QUORUM_FAILURE", "QUORUM_REPORT_BAD", "BLOCK_IO_ERROR")
+
+
+def stamp_ms(event: Message) -> float:
+    """When QEMU wrote this event, ms of CLOCK_REALTIME."""
+    stamp = event["timestamp"]
+    return float(stamp["seconds"] * 1000 + stamp["microseconds"] / 1000)
 
 
 class MonitorGone(ConnectionError):

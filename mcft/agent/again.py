@@ -21,7 +21,6 @@ log = logging.getLogger(__name__)
 EVERY_S = 1.0
 MAX_FAILURES = 5
 FIRST_WAIT_MS, LONGEST_WAIT_MS = 60_000, 3_600_000
-VOID_STATES = ("", "lost", "stopped", "unprotected", "failed")
 
 
 class Again:
@@ -67,10 +66,8 @@ class Again:
         return ""
 
     async def _peer_is_free(self, life: Life) -> bool:
-        body = life.body
-        about = model.About(body.uuid, body.pid, body.g, body.domain)
-        theirs = await self.site.ask(body.peer, "records", about, model.Records, 3.0)
-        return not (theirs.running or theirs.qemu_alive) and theirs.state in VOID_STATES
+        theirs = await self.site.ask(life.body.peer, "records", self.core.about(life), model.Records, 3.0)
+        return not (theirs.running or theirs.qemu_alive) and theirs.state in model.VOID_STATES
 
     def _start(self, life: Life) -> None:
         body = life.body
@@ -82,7 +79,7 @@ class Again:
             try:
                 return await self.core.protect_now(request, job)
             except McftError as error:
-                await self._failed(await self.core.put_back(body.uuid), error)
+                await self._failed(await self.core.once_back(body.uuid), error)
                 raise
 
         life.event("again", f"protecting again to {body.peer}")

@@ -38,6 +38,7 @@ class Copy(Life):
             Step("start the copy, waiting", Copy._create, Copy._destroy),
             Step("silence its NICs", Copy._silence),
             Step("add its monitor", Copy._add_monitor, Copy._remove_monitor),
+            Step("credentials for the streams", Copy._add_credentials),
             Step("put replication over its disks", Copy._replicate),
             Step("quick acknowledgements", Copy.set_quickack, Copy.clear_quickack),
             Step("start its gate", Copy._start_gate, Copy._end_gate),
@@ -152,6 +153,8 @@ class Copy(Life):
 
     async def _add_monitor(self) -> None:
         await add_monitor(self.qmp, self.monitor_path())
+
+    async def _add_credentials(self) -> None:
         if self.body.tls:
             await streams.add_credentials(self.qmp, self.site.config.qemu_pki_dir, "server")
 

@@ -11,7 +11,6 @@ import msgspec
 
 from mcft import api, diskreplica, generations, netbuffer
 from mcft.agent import domainxml, model, protection, standby, statusview
-from mcft.agent.again import VOID_STATES
 from mcft.agent.events import EventLog
 from mcft.agent.hook import boot_id
 from mcft.agent.jobs import JobHandle, Jobs
@@ -105,7 +104,7 @@ class Core:
         """An unarmed copy whose primary no longer knows this instance is discarded."""
         while self.lives.get(life.body.uuid) is life and life.ledger.newest is Kind.PREPARING:
             try:
-                known = await self.site.ask(life.body.peer, "state", self._about(life), model.Records, 3.0)
+                known = await self.site.ask(life.body.peer, "state", self.about(life), model.Records, 3.0)
                 if known.pid != life.body.pid or known.state in ("", "unprotected"):
                     await life.discard()
                     self._gone(life)
@@ -114,7 +113,7 @@ class Core:
                 log.info("asking %s about %s: %s", life.body.peer, life.body.domain, error)
             await asyncio.sleep(1.0)
 
-    def _about(self, life: Life) -> model.About:
+    def about(self, life: Life) -> model.About:
         return model.About(life.body.uuid, life.body.pid, life.body.g, life.body.domain)
 
     def _gone(self, life: Life) -> None:
@@ -123,7 +122,7 @@ class Core:
         if life.body.previous and life.body.role == "primary" and life.ledger.newest in (None, Kind.PREPARING):
             self.site.spawn(self._put_back(life.body.previous), f"put {life.body.domain} back")
 
-    async def put_back(self, uuid: str) -> Life:
+    async def once_back(self, uuid: str) -> Life:
         """The protection that a failed protecting would have replaced, once it is back."""
         while uuid not in self.lives:
             await asyncio.sleep(0.01)
@@ -131,9 +130,11 @@ class Core:
 
     def _ports(self) -> set[int]:
         """What the protections here hold; a primary's `mig_port` and `nbd_port` are its standby's."""
-        held = [(life.body, life.body.role == "standby") for life in self.lives.values() if life.body.state not in VOID_STATES]
-        ports = {link.local_port for body, _ in held for link in body.links}
-        return ports | {port for body, ours in held if ours for port in (body.mig_port, body.nbd_port)}
+        ports: set[int] = set()
+        for body in (life.body for life in self.lives.values() if life.body.state not in model.VOID_STATES):
+            ports |= {link.local_port for link in body.links}
+            ports |= {body.mig_port, body.nbd_port} if body.role == "standby" else set()
+        return ports
 
     async def _put_back(self, text: str) -> None:
         """A set-up that would have replaced a solo or active protection was undone: the intention stays."""
@@ -274,7 +275,7 @@ class Core:
             await self._cancelled(running.id)
             if not life.body.previous and life.body.uuid not in self.lives:
                 return self.jobs.start(verb, life.body.domain, _done("the protecting was cancelled and undone"), request.key)
-            life = await self.put_back(life.body.uuid)
+            life = await self.once_back(life.body.uuid)
         target = life
 
         async def work(job: JobHandle) -> str:
@@ -312,7 +313,7 @@ class Core:
             raise Refused("not-here", f"{life.body.domain} has no standby here", life.body.reason)
         job.step(f"ask {life.body.peer} to hand over")
         try:
-            asked = msgspec.structs.replace(self._about(life), detail=secrets.token_hex(8))
+            asked = msgspec.structs.replace(self.about(life), detail=secrets.token_hex(8))
             await self.site.ask(life.body.peer, "switch", asked, model.Answer, 30.0)
         except Unreachable as error:
             return await self._claim(life, request, error)
@@ -450,7 +451,7 @@ class Core:
 
     async def _may_receive(self, peer: str, request: model.Prepare, life: Life | None) -> None:
         name = self.site.config.name
-        if life is not None and (life.body.state not in VOID_STATES or life.qemu_alive()):
+        if life is not None and (life.body.state not in model.VOID_STATES or life.qemu_alive()):
             raise Refused("busy-there", f"{name} has a protection of {request.domain} of its own", f"it is {life.body.state}")
         info = await self.site.host.find(request.uuid)
         if info is not None and info.running:
@@ -505,7 +506,7 @@ class Core:
             return model.Answer("")
         if isinstance(life, Standby):
             await life.discard()
-        elif life.body.state not in VOID_STATES:
+        elif life.body.state not in model.VOID_STATES:
             return model.Answer("")
         else:
             self.site.markers.forget(about.uuid)

@@ -125,6 +125,7 @@ async def _restore(qmp: Qmp, disks: list[Disk]) -> None:
     left = [name for name in await diskreplica.nodes(qmp) if name.startswith("mcft-")]
     if left:
         raise Failed("nodes-left", f"nodes of mcft's are still there: {', '.join(left)}")
+    await streams.drop_credentials(qmp)
 
 
 def _yank(path: str) -> None:
@@ -155,7 +156,6 @@ async def _open_network(qmp: Qmp, taps: list[str]) -> None:
     chardevs = [row["label"] for row in await qmp.execute("query-chardev")]
     for command, arguments in filterbuffer.detach_commands(objects, chardevs):
         await qmp.execute(command, **arguments)
-    await streams.drop_credentials(qmp)
 
 
 async def _clean_host(config: configuration.Config, uuid: str, body: model.Body | None, report: _Report) -> None:

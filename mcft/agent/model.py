@@ -12,6 +12,8 @@ from mcft.diskreplica import Disk
 from mcft.gate.state import LinkSpec
 from mcft.netbuffer import Nic, Way
 
+VOID_STATES = ("", "lost", "stopped", "unprotected", "failed")  # of a side that holds nothing of the protection any more
+
 
 class Body(msgspec.Struct):
     """One protection on one host, as stored. pid: the instance; g: its generation; key: of the keepalives' MAC.

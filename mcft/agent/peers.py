@@ -50,6 +50,10 @@ def boottime_s() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
+def _recent(answered_s: float | None) -> bool:
+    return answered_s is not None and boottime_s() - answered_s <= GAP_S
+
+
 class PeerLink:
     """One peer, by all its links: `start()`, then `await call(...)`; `await close()` at the end."""
 
@@ -78,13 +82,13 @@ class PeerLink:
     @property
     def reachable(self) -> bool:
         """True if a hello was answered on any link within the last 3 s."""
-        return self._last_ok is not None and boottime_s() - self._last_ok <= GAP_S
+        return _recent(self._last_ok)
 
     @property
     def carries_since(self) -> float | None:
         """Since when (CLOCK_BOOTTIME, s) the link that carries checkpoints answers without a gap of more than 3 s; or None."""
         link = self._links[0]
-        return link.since if link.last_ok is not None and boottime_s() - link.last_ok <= GAP_S else None
+        return link.since if _recent(link.last_ok) else None
 
     @property
     def last_ok(self) -> dict[str, float | None]:
@@ -174,7 +178,7 @@ class PeerLink:
 
     def _answered(self, link: _Link) -> None:
         now = boottime_s()
-        if link.last_ok is None or now - link.last_ok > GAP_S:
+        if not _recent(link.last_ok):
             link.since = now
         self._last_ok, self.detail = now, ""
         link.last_ok = now

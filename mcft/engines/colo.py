@@ -124,4 +124,3 @@ class Colo:
 
     async def _capabilities(self, qmp: Qmp, names: tuple[str, ...], state: bool) -> None:
         await qmp.execute("migrate-set-capabilities", capabilities=[{"capability": n, "state": state} for n in names])
-

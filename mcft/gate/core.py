@@ -17,12 +17,11 @@ from mcft.gate.lan import LanCheck
 from mcft.gate.loop import Commands, Loop, Task, Until, boottime_ms
 from mcft.gate.state import GateState, paths, process_start, save
 from mcft.keepalive import Heard, Link, Session, Word
-from mcft.monitor import Message, Monitor, MonitorGone
+from mcft.monitor import DISK_ERRORS, Message, Monitor, MonitorGone, stamp_ms
 
 RECONNECT_MS = 20.0
 CONNECT_MS = 2000.0
 WATCHED = ("preparing", "arming", "armed", "protected")
-GONE_GRACE_MS = 200.0
 
 
 class Side(Protocol):
@@ -222,8 +221,7 @@ class Gate:
 
     def _event(self, event: Message, now_ms: float) -> None:
         name, data = event["event"], event.get("data") or {}
-        stamp = event["timestamp"]
-        self.event_lag_ms = time.time() * 1000 - stamp["seconds"] * 1000 - stamp["microseconds"] / 1000
+        self.event_lag_ms = time.time() * 1000 - stamp_ms(event)
         if name == "SHUTDOWN" and self.shutdown_ms is None:  # the first tells why: libvirt then ends QEMU by a signal
             self.shutdown_ms, self.shutdown_reason = now_ms, str(data.get("reason", ""))
             self.own_qemu = "shutdown"
@@ -232,7 +230,7 @@ class Gate:
         self.side.on_event(event, now_ms)
         if name not in ("STOP", "RESUME"):
             self.control.note("qemu", event=name, data=data)
-        if name in ("SHUTDOWN", "COLO_EXIT", "QUORUM_FAILURE", "QUORUM_REPORT_BAD", "BLOCK_IO_ERROR"):
+        if name in ("SHUTDOWN", "COLO_EXIT", *DISK_ERRORS):
             self._decide(now_ms)
 
     def send_commands(self, wanted: Commands, done: Callable[[list[Message]], None]) -> None:
@@ -406,7 +404,7 @@ class Gate:
     def _missed_event(self, request: dict[str, Any], answer: Answer) -> None:
         """A disk's error as libvirt's monitor saw it: acted upon if we were not connected when QEMU wrote it."""
         event = request["event"]
-        age_ms = time.time() * 1000 - event["timestamp"]["seconds"] * 1000 - event["timestamp"]["microseconds"] / 1000
+        age_ms = time.time() * 1000 - stamp_ms(event)
         missed = self.monitor.sock is None or boottime_ms() - age_ms < self._monitor_since_ms
         if missed:
             self._event(event, boottime_ms())

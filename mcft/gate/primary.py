@@ -27,11 +27,10 @@ from mcft.gate.core import Gate, set_link
 from mcft.gate.loop import Commands, Task, boottime_ms
 from mcft.gate.state import process_start
 from mcft.keepalive import Heard
-from mcft.monitor import Message
+from mcft.monitor import DISK_ERRORS, Message, stamp_ms
 
 MAX_DELAY_MS = 0xFFFFFFFF
 SWITCH_DEADLINE_MS = 6000.0
-DISK_ERRORS = ("QUORUM_FAILURE", "QUORUM_REPORT_BAD", "BLOCK_IO_ERROR")
 
 
 class Samples:
@@ -92,8 +91,7 @@ class Primary:
 
     def on_event(self, event: Message, now_ms: float) -> None:
         name, data = event["event"], event.get("data") or {}
-        stamp = event["timestamp"]
-        at_ms = stamp["seconds"] * 1000 + stamp["microseconds"] / 1000
+        at_ms = stamp_ms(event)
         if name == "STOP":
             self._stop_stamp_ms = at_ms
             self._apply(self.commit.stop_seen(now_ms), now_ms)

@@ -14,7 +14,7 @@ from mcft.gate.core import Gate, remove_drop_filter, set_link
 from mcft.gate.loop import Commands, Task, boottime_ms
 from mcft.gate.primary import Samples
 from mcft.keepalive import Heard
-from mcft.monitor import Message
+from mcft.monitor import DISK_ERRORS, Message
 
 ANNOUNCE = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
 TAKE_DEADLINE_MS = 10000.0
@@ -68,7 +68,7 @@ class Standby:
             self._dead = self._dead or f"COLO_EXIT ({data.get('reason')})"
         elif name == "MIGRATION" and data.get("status") in ("failed", "cancelled"):
             self._dead = self._dead or f"migration {data['status']}"
-        elif name in ("BLOCK_IO_ERROR", "QUORUM_FAILURE", "QUORUM_REPORT_BAD") and self._following:
+        elif name in DISK_ERRORS and self._following:
             self.gate.saw_disk_error(f"{name} {data.get('node-name', '')}".strip())
             self.gate.control.note("not-whole", reason=self.gate.disk_error)
 
@@ -153,14 +153,14 @@ class Standby:
         self._following, self._took = self._following and not ended, True
         replies: list[Message] = []
         for command in ("nbd-server-stop", "stop", "x-colo-lost-heartbeat"):
-            self._send(command, {}, replies=replies)
+            self._send(replies, command)
         if not ended and not (yield from self._until_no_colo(replies)):
             answer(Denied("QEMU does not end the checkpoint stream: neither COLO_EXIT nor colo mode none"))
             return
         if self.gate.state.tcg:
-            self._send(*tcg.lead_command(), replies=replies)
+            self._send(replies, *tcg.lead_command())
         # Not waited for: QEMU says RESUME before its main loop, busy committing, comes to the last reply.
-        self._send("cont", {}, replies=replies)
+        self._send(replies, "cont")
         ran = yield self.gate.wait(self._runs_or_gone, 300.0)
         status = "running" if ran and self.gate.own_qemu == "running" else ""
         deadline_ms = boottime_ms() + TAKE_DEADLINE_MS
@@ -178,8 +178,8 @@ class Standby:
         self.gate.persist()
         answer({"running": True, "timing_ms": self.timing()})
 
-    def _send(self, command: str, arguments: dict[str, Any], *, replies: list[Message]) -> None:
-        self.gate.send_commands(Commands([(command, arguments)]), partial(self._take_reply, command, replies))
+    def _send(self, replies: list[Message], command: str, arguments: dict[str, Any] | None = None) -> None:
+        self.gate.send_commands(Commands([(command, arguments or {})]), partial(self._take_reply, command, replies))
 
     def _take_reply(self, command: str, replies: list[Message], rows: list[Message]) -> None:
         replies.extend(rows)
@@ -194,7 +194,7 @@ class Standby:
             if reply.get("return", {}).get("mode") == "none":
                 self._following = self._flushed = False
                 self._timing.pop("resume", None)
-                self._send("stop", {}, replies=replies)
+                self._send(replies, "stop")
                 return True
             yield self.gate.wait(self._stream_over, 5.0)
         return False

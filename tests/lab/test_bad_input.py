@@ -15,9 +15,8 @@ from subprocess import CompletedProcess
 import pytest
 import snapshot
 from watching import Observer
-from world import GATE, H1, H2, HOSTS, IMAGE, LAB, UUID, Host, guest, protect, until
+from world import GATE, H1, H2, HOSTS, IMAGE, LAB, UUID, Host, configured, guest, protect, until
 
-CONFIG = "/etc/mcft/mcft.toml"
 HOOK = "/etc/libvirt/hooks/qemu"
 QEMU = "/usr/bin/qemu-system-x86_64"
 WITHOUT_COLO = "/usr/local/bin/qemu-without-colo"
@@ -48,19 +47,6 @@ def unchanged(*hosts: Host) -> Iterator[None]:
         return not left
 
     until(equal, SETTLE_S, lambda: "nothing changed:\n" + "\n".join(left))
-
-
-@contextmanager
-def configured(host: Host, change: str) -> Iterator[None]:
-    """The host's configuration, changed by a shell command on `$file`; as it was afterwards."""
-    kept = "/etc/mcft/kept"
-    try:
-        host.sh(f"cp {CONFIG} {kept} && file={CONFIG} && {change} && systemctl restart mcft-agent")
-        until(host.answers, 20, f"{host}: the agent answers with its changed configuration")
-        yield
-    finally:
-        host.sh(f"mv {kept} {CONFIG}; systemctl reset-failed mcft-agent; systemctl restart mcft-agent")
-        until(host.answers, 20, f"{host}: the agent answers")
 
 
 def one_more(name: str) -> str:

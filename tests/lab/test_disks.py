@@ -60,7 +60,7 @@ def test_disk_is_whole_after_a_take_over(moments: random.Random) -> None:
     H2.await_state("active", timeout=15)
     pause(moments.uniform(0.2, 1.0))
     stopped_writer()
-    until(lambda: any("committed" in e["text"] for e in H2.events()), 30, "h2: the overlays are committed")
+    H2.await_committed()
     assert quiet_sum() == image_sum(H2)
     # And further: the other way, with a disk on h1 that the first failure left stale.
     protect(H2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 
@@ -85,6 +84,10 @@ def fill(seed: int) -> None:
         assert guest("fill", name, "4", str(seed * 10 + position), timeout=40).startswith("ok")
 
 
+def nodes_of_ours(host: Host) -> list[str]:
+    return [n["node-name"] for n in host.qmp("query-named-block-nodes") if n["node-name"].startswith("mcft-")]
+
+
 def sums() -> dict[str, str]:
     return {name: guest("sum", name, timeout=40) for name in NAMES}
 
@@ -104,12 +107,11 @@ def test_every_disk_and_nic_of_a_domain(many: None, load: Load) -> None:
     H2.await_state("active", timeout=20)
     load.goes_on()
     assert sums() == written
-    until(lambda: "committed" in H2.status().get("last_event", {}).get("text", ""), 30, "the overlays are committed")
+    H2.await_committed()
     # (The guest calls its sd disks as it finds them, which need not be the XML's order.)
     outside = H2.sh(f"cd {FOLDER} && sha256sum sda.img sdb.img vdc.img").split()[::2]
     assert sorted(outside) == sorted(written[name] for name in ("sda", "sdb", "vdc"))
-    graph = json.loads(H2.run("virsh", "qemu-monitor-command", "vm1", '{"execute":"query-named-block-nodes"}').stdout)
-    assert not [n["node-name"] for n in graph["return"] if n["node-name"].startswith("mcft-")]
+    assert not nodes_of_ours(H2)
     load.finished()
 
 
@@ -120,6 +122,5 @@ def test_and_back_to_as_it_was(many: None) -> None:
     protect(H1, timeout=90)
     H1.mcft("unprotect", "vm1")
     assert sums() == before
-    graph = json.loads(H1.run("virsh", "qemu-monitor-command", "vm1", '{"execute":"query-named-block-nodes"}').stdout)
-    assert not [n["node-name"] for n in graph["return"] if n["node-name"].startswith("mcft-")]
+    assert not nodes_of_ours(H1)
     assert not H2.sh(f"ls {FOLDER}").split()

@@ -2,35 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 from watching import Load
-from world import H1, H2, HOSTS, Host, protect, until
+from world import H1, H2, Host, configured, protect, until
 
-CONFIG = "/etc/mcft/mcft.toml"
-
-
-@contextmanager
-def streams(policy: str, *hosts: Host) -> Iterator[None]:
-    """These hosts' agents with that `[tls] streams`."""
-    try:
-        for host in hosts:
-            table = f"\\n[tls]\\nstreams = '{policy}'\\n"
-            host.sh(f'cp {CONFIG} {CONFIG}.kept; printf "{table}" >> {CONFIG}; systemctl restart mcft-agent')
-        until(lambda: all(host.answers() for host in hosts), 20, "the agents answer")
-        yield
-    finally:
-        for host in hosts:
-            host.sh(f"mv {CONFIG}.kept {CONFIG}; systemctl restart mcft-agent")
-        until(lambda: all(host.answers() for host in hosts), 20, "the agents answer")
+OFF = "printf \"\\n[tls]\\nstreams = 'off'\\n\" >> $file"
 
 
 def encrypted(host: Host) -> bool:
     """Whether vm1's QEMU was given credentials for its stream."""
-    said = host.run("virsh", "qemu-monitor-command", "vm1", '{"execute":"query-migrate-parameters"}').stdout
-    return bool(json.loads(said)["return"]["tls-creds"])
+    return bool(host.qmp("query-migrate-parameters")["tls-creds"])
 
 
 def test_checkpoints_and_disks_are_encrypted_by_default_and_a_take_over_goes_on(load: Load) -> None:
@@ -41,7 +21,7 @@ def test_checkpoints_and_disks_are_encrypted_by_default_and_a_take_over_goes_on(
     H1.kill_qemu()
     H2.await_state("active")
     load.goes_on()
-    until(lambda: "committed" in H2.status().get("last_event", {}).get("text", ""), 20, "the overlays are committed")
+    H2.await_committed()
     assert not encrypted(H2), "nothing of mcft's is left in the QEMU that took over"
     load.finished()
 
@@ -58,9 +38,9 @@ def test_a_missing_certificate_is_named_and_nothing_changes() -> None:
 
 
 def test_off_on_both_sides_is_clear_and_off_on_one_is_refused() -> None:
-    with streams("off", H2):
+    with configured(H2, OFF):
         done = H1.mcft("protect", "vm1", "--to", "host2", check=False, timeout=60)
         assert done.returncode == 4 and "TLS" in done.stderr, done
-    with streams("off", *HOSTS):
+    with configured(H1, OFF), configured(H2, OFF):
         protect(H1)
         assert not H1.status()["tls"] and not encrypted(H1)

@@ -50,6 +50,11 @@ def virsh(line: str) -> tuple[int, str]:
     return done.returncode, (done.stdout + done.stderr).strip()
 
 
+def take_snapshot() -> None:
+    code, said = virsh("snapshot-create-as vm1 s1 --disk-only --atomic --no-metadata")
+    assert code == 0, said
+
+
 def test_what_virsh_does_to_a_protected_guest(load: Load, extra_disk: None) -> None:
     """Fails if one of them ends the protection, or changes the guest in a way that its standby does not follow."""
     protect(H1)
@@ -75,8 +80,7 @@ def test_an_external_snapshot_is_followed(snapshots: None, load: Load) -> None:
     """`snapshot-create-as --disk-only` slides its overlay under mcft's quorum: what the guest writes is on both sides still."""
     protect(H1)
     load.flowing()
-    code, said = virsh("snapshot-create-as vm1 s1 --disk-only --atomic --no-metadata")
-    assert code == 0, said
+    take_snapshot()
     load.goes_on()
     assert H1.state() == "protected"
     H1.kill_qemu()
@@ -89,8 +93,7 @@ def test_unprotect_after_an_external_snapshot_keeps_the_overlay(snapshots: None,
     """Fails if the undo puts the node back that libvirt no longer calls the disk: later writes would bypass the overlay."""
     protect(H1)
     load.flowing()
-    code, said = virsh("snapshot-create-as vm1 s1 --disk-only --atomic --no-metadata")
-    assert code == 0, said
+    take_snapshot()
     H1.mcft("unprotect", "vm1")
     load.goes_on()
     overlay = H1.sh("virsh domblklist vm1 | awk '$1 == \"vda\" { print $2 }'").strip()

@@ -13,8 +13,9 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,6 +29,7 @@ STATE = Path(f"/run/mcft-lab-{INSTANCE}" if INSTANCE else "/run/mcft-lab")
 UUID = "11111111-2222-3333-4444-555555555555"
 GATE = f"mcft-gate@{UUID}"
 IMAGE = "/var/lib/libvirt/images/vm1.img"
+CONFIG = "/etc/mcft/mcft.toml"
 POLL_S = 0.03
 LET_GO = ("protected", "solo", "active", "unprotected", "stopped")  # states in which `unprotect` ends all
 
@@ -202,7 +204,6 @@ class Host:
 
         return until(reached, timeout, what)
 
-
     def follows(self) -> bool:
         """It lost; or, as the other protects again within a second where this agent was there all the time, it is the standby."""
         status = self.status()
@@ -210,6 +211,19 @@ class Host:
 
     def await_lost(self, timeout: float = 30.0) -> None:
         until(self.follows, timeout, lambda: f"{self}: vm1 lost; it is {self.state()}")
+
+    def await_committed(self) -> None:
+        """After a take-over here: its overlays (not those of an earlier one) are committed."""
+
+        def committed() -> bool:
+            said = (e["text"] for e in reversed(self.events()))
+            return "are committed" in next((t for t in said if "are committed" in t or "runs here now" in t), "")
+
+        until(committed, 30, f"{self}: the overlays are committed")
+
+    def qmp(self, command: str) -> Any:
+        """One QMP command without arguments to vm1; its `return`."""
+        return json.loads(self.run("virsh", "qemu-monitor-command", "vm1", json.dumps({"execute": command})).stdout)["return"]
 
 
 H1, H2 = Host("h1", "host1"), Host("h2", "host2")
@@ -245,6 +259,19 @@ def protect(primary: Host, *more: str, timeout: float = 40.0) -> None:
     primary.await_state("protected", timeout=timeout)
     if "none" not in more:
         until(lambda: primary.status().get("survives_host_loss"), 10, f"{primary}: vm1 survives a host's loss")
+
+
+@contextmanager
+def configured(host: Host, change: str) -> Iterator[None]:
+    """The host's configuration, changed by a shell command on `$file`; as it was afterwards."""
+    kept = "/etc/mcft/kept"
+    try:
+        host.sh(f"cp {CONFIG} {kept} && file={CONFIG} && {change} && systemctl restart mcft-agent")
+        until(host.answers, 20, f"{host}: the agent answers with its changed configuration")
+        yield
+    finally:
+        host.sh(f"mv {kept} {CONFIG}; systemctl reset-failed mcft-agent; systemctl restart mcft-agent")
+        until(host.answers, 20, f"{host}: the agent answers")
 
 
 # ---- the state every test begins from ----

@@ -158,14 +158,7 @@ class FakeQmp:
         """QEMU's COLO thread has left its loop: no load is under way, none begins."""
         with self._lock:
             self.colo_mode = "none"
-            self._write(
-                self._client,
-                {
-                    "event": "COLO_EXIT",
-                    "data": {"mode": "secondary", "reason": "error"},
-                    "timestamp": {"seconds": 1, "microseconds": 0},
-                },
-            )
+            self.event("COLO_EXIT", mode="secondary", reason="error")
 
     def raw(self, data: bytes) -> None:
         with self._lock:
