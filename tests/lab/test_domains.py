@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 from watching import Load
-from world import H1, H2, HOSTS, Host, guest, guest_answers, lab, protect, until
+from world import H1, H2, HOSTS, NOT_AGAIN, Host, configured, guest, guest_answers, lab, protect, until
 
 FOLDER = "/var/lib/libvirt/images"
 NAMES = ("vdb", "sda", "sdb", "vdc")
@@ -92,7 +92,13 @@ def sums() -> dict[str, str]:
     return {name: guest("sum", name, timeout=40) for name in NAMES}
 
 
-def test_every_disk_and_nic_of_a_domain(many: None, load: Load) -> None:
+@pytest.fixture
+def not_again(fresh_world: None) -> Iterator[None]:
+    with configured(H2, NOT_AGAIN):
+        yield
+
+
+def test_every_disk_and_nic_of_a_domain(many: None, not_again: None, load: Load) -> None:
     """Each disk's content comes along, what is written under protection included; both NICs are held.
 
     Fails if one disk is copied and not replicated, if a chain or an iothread is in the way, if the second NIC is a hole.

@@ -274,6 +274,10 @@ def configured(host: Host, change: str) -> Iterator[None]:
         until(host.answers, 20, f"{host}: the agent answers")
 
 
+# For `configured`: a host that took over does not protect again by itself, so what it was left with can be looked at.
+NOT_AGAIN = "printf '\\n[protect]\\nauto = false\\n' >> $file"
+
+
 # ---- the state every test begins from ----
 
 
