@@ -200,6 +200,53 @@ class Peers(msgspec.Struct, frozen=True):
     peers: list[PeerBody] = []
 
 
+# ---- mcft check ----
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """One thing that was looked at. refusal: `protect` would end with exit_code because of it; warning: it would go."""
+
+    level: Literal["ok", "warning", "refusal"]
+    code: str
+    message: str
+    reason: str = ""
+    next_step: str = ""
+    exit_code: int = 0
+
+
+class Prediction(msgspec.Struct, frozen=True):
+    """What protection would cost this guest, from one second of its memory's changes. None: not known.
+
+    limit_bytes_per_s: what the link carries, limit_is: why so ("rep0", "max_bandwidth", "assumed"). standing: share of
+    the time in which the guest stands still.
+    """
+
+    delay_ms: int
+    dirty_bytes_per_s: int | None = None
+    pause_ms: float | None = None
+    added_latency_ms: float | None = None
+    worst_latency_ms: float | None = None
+    bandwidth_bytes_per_s: int | None = None
+    limit_bytes_per_s: int = 0
+    limit_is: str = ""
+    standing: float | None = None
+    verdict: Literal["good", "costly", "bad", "unknown"] = "unknown"
+    text: str = ""
+
+
+class Check(msgspec.Struct, frozen=True):
+    """POST /v1/check (a ProtectRequest) → what `protect` would say. exit_code: 0 if it would go, else what it would end with."""
+
+    host: str
+    domain: str
+    uuid: str
+    peer: str
+    exit_code: int = 0
+    findings: list[Finding] = []
+    prediction: Prediction | None = None
+    version: int = API_VERSION
+
+
 def error_body(error: Exception) -> ErrorBody:
     """Any exception as the API carries it; what is not an `McftError` is ours to mend and says so."""
     from mcft.errors import McftError

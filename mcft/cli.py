@@ -18,7 +18,7 @@ from typing import Any, TypeVar, get_args
 import click
 import msgspec
 
-from mcft import __version__, api, client, errors, render, units
+from mcft import __version__, api, checktext, client, errors, render, units
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -187,6 +187,36 @@ def set_(session: _Session, domain: str, delay: int) -> None:
 
 
 # ---- looking ----
+
+
+@cli.command()
+@click.argument("domain")
+@click.option("--to", "to", required=True, metavar="PEER", help="The host that would hold the standby.")
+@_delay_option(default="100ms", show_default=True)
+@click.option("--netbuffer", type=click.Choice(get_args(api.BufferChoice)), default="auto", show_default=True)
+@click.option(
+    "--disk", "disks", multiple=True, metavar="TARGET=PATH", help="The disk's place on the standby."
+)
+@click.option("--overwrite", multiple=True, metavar="PATH", help="This file there may be overwritten.")
+@click.option("--json", "as_json", is_flag=True, help="The agent's own object (docs/api.md).")
+@click.pass_obj
+def check(
+    session: _Session,
+    domain: str,
+    to: str,
+    delay: int,
+    netbuffer: api.BufferChoice,
+    disks: tuple[str, ...],
+    overwrite: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Say what protect would refuse, warn of and cost; nothing is touched."""
+    paths = _disk_paths(disks)
+    request = api.ProtectRequest(domain, to, delay, "auto", netbuffer, paths, list(overwrite))
+    answer, raw = session.agent().check(request)
+    click.echo(msgspec.json.format(raw, indent=2) if as_json else checktext.check_text(answer))
+    if answer.exit_code:
+        sys.exit(answer.exit_code)
 
 
 @cli.command()

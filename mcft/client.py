@@ -65,6 +65,11 @@ class Client:
     def protect(self, request: api.ProtectRequest) -> api.JobBody:
         return _decode(self._request("POST", _route("protections"), request), api.JobBody)
 
+    def check(self, request: api.ProtectRequest) -> tuple[api.Check, bytes]:
+        """What `protect` would say to this request, and the agent's own JSON of it. Takes some seconds."""
+        raw = self._request("POST", _route("check"), request)
+        return _decode(raw, api.Check), raw
+
     def act(self, domain: str, verb: Verb, request: api.ActRequest) -> api.JobBody:
         return _decode(self._request("POST", _route("protections", domain, verb), request), api.JobBody)
 

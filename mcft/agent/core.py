@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from mcft import api, diskreplica, generations, netbuffer
-from mcft.agent import domainxml, model, protection, standby, statusview
+from mcft.agent import check, checkpeer, domainxml, model, protection, standby, statusview
 from mcft.agent.events import EventLog
 from mcft.agent.hook import boot_id
 from mcft.agent.jobs import JobHandle, Jobs
@@ -20,6 +20,7 @@ from mcft.agent.standby import Standby
 from mcft.diskreplica import Disk
 from mcft.errors import Failed, McftError, NotFound, Refused, Unreachable, Usage
 from mcft.generations import Kind, Ledger
+from mcft.libvirt_bridge import DomainInfo
 from mcft.units import DELAY_MAX_MS, DELAY_MIN_MS
 
 OWNER_STATES = ("solo", "active", "stopped", "unprotected")
@@ -33,6 +34,7 @@ class Core:
         self.lives: dict[str, Life] = {}
         site.ports.held = self._ports
         self._preparing: dict[str, asyncio.Task[msgspec.Struct]] = {}  # by instance: peers ask on several links at once
+        self._checking: dict[str, asyncio.Task[checkpeer.Found]] = {}  # likewise, by check
         self._verbs: dict[str, Callable[[str, bytes], Awaitable[msgspec.Struct]]] = {
             "hello": self._hello,
             "records": self._records,
@@ -44,6 +46,7 @@ class Core:
             "ended": self._ended,
             "discard": self._discard,
             "switch": self._switch,
+            "check": self._check,
         }
 
     @property
@@ -183,14 +186,9 @@ class Core:
 
     async def protect(self, request: api.ProtectRequest) -> api.JobBody:
         """Refuse what can be refused now; the rest is a job."""
-        if not DELAY_MIN_MS <= request.delay_ms <= DELAY_MAX_MS:
-            raise Usage("bad-delay", f"a delay of {request.delay_ms} ms is out of range", "10ms to 10s", "--delay 100ms")
-        if request.engine == "mc":
-            raise Refused("no-engine", "engine mc is not available in this mcft", "", "use --engine auto")
-        self.site.peer(request.to)
-        info = await self.site.host.info(request.domain)
+        info = await self.named(request)
         life = self.lives.get(info.uuid)
-        if life is not None and (answer := self._already(life, request)):
+        if life is not None and (answer := self.already(life, request)):
             return self.jobs.start("protect", info.name, _done(answer), request.key)
 
         async def work(job: JobHandle) -> str:
@@ -198,7 +196,21 @@ class Core:
 
         return self.jobs.start("protect", info.name, work, request.key)
 
-    def _already(self, life: Life, request: api.ProtectRequest) -> str:
+    async def named(self, request: api.ProtectRequest) -> DomainInfo:
+        """The domain, if the request's words are sound and the peer is one. Raises: Usage, Refused, NotFound."""
+        if not DELAY_MIN_MS <= request.delay_ms <= DELAY_MAX_MS:
+            raise Usage("bad-delay", f"a delay of {request.delay_ms} ms is out of range", "10ms to 10s", "--delay 100ms")
+        if request.engine == "mc":
+            raise Refused("no-engine", "engine mc is not available in this mcft", "", "use --engine auto")
+        self.site.peer(request.to)
+        return await self.site.host.info(request.domain)
+
+    async def check(self, request: api.ProtectRequest) -> api.Check:
+        """What `protect` would refuse and warn of. Raises: Usage, Refused, NotFound; changes nothing."""
+        return await check.Checker(self, request).run(await self.named(request))
+
+    def already(self, life: Life, request: api.ProtectRequest) -> str:
+        """Empty if this protection may be made (anew), "already" if it is there. Raises: Refused."""
         body = life.body
         if body.state in ("solo", "active", "stopped", "failed", "unprotected") and body.role == "primary":
             return ""
@@ -229,13 +241,15 @@ class Core:
         if theirs.running:
             raise Refused("runs-there", f"{domain.name} runs on {peer} too", "two copies with one identity", f"look at {peer}")
         highest = await self.site.store.highest_generation(domain.uuid)
-        body = await protection.make_body(self.site, request, generations.first_generation(highest, theirs.highest_g))
+        life = await self.candidate(request, generations.first_generation(highest, theirs.highest_g))
+        body = life.body
         if previous is not None:
             body.autostart = body.autostart or previous.body.autostart
             body.xml = body.xml if body.persistent else previous.body.xml
-        life = Primary(self.site, body, Ledger(body.pid, "primary", body.g))
-        if refusal := await life.engine.unsupported(life.qmp):
-            raise Refused("engine", f"{domain.name} can't be protected", refusal)
+        await check.refuse_engine(life)
+        hello = msgspec.json.decode(self.site.peer(peer).last_hello or b"{}", type=model.Hello)
+        check.refuse_older(await check.running_qemu(life.qmp), hello.qemu, domain.name, peer)
+        await check.refuse_busy(life.qmp, domain.name)
         body.engine = "colo"
         body.buffer = netbuffer.choose(
             request.netbuffer if request.netbuffer != "auto" else config.netbuffer, body.nics,
@@ -255,6 +269,15 @@ class Core:
                 await asyncio.shield(self._back_to(previous, life))
             raise
         return f"{body.domain} is protected, its standby is on {peer}"
+
+    async def candidate(self, request: api.ProtectRequest, g: int) -> Primary:
+        """What would be protected; nothing of it is kept. Raises: NotFound, Refused."""
+        body = await protection.make_body(self.site, request, g)
+        return Primary(self.site, body, Ledger(body.pid, "primary", body.g))
+
+    async def disks_of(self, life: Primary) -> list[Disk]:
+        """Raises: Refused."""
+        return await find_disks(life)
 
     async def _back_to(self, previous: Life | None, failed: Primary) -> None:
         """A protecting that failed leaves what was before: nothing, or a primary without a standby (`_gone` puts it back)."""
@@ -423,11 +446,12 @@ class Core:
 
     async def _prepare_once(self, peer: str, request: model.Prepare) -> msgspec.Struct:
         life = self.lives.get(request.uuid)
-        await self._may_receive(peer, request, life)
+        await self.may_receive(peer, request, life)
         highest = await self.site.store.highest_generation(request.uuid)
         if request.g <= highest:
             raise Refused("old-generation", f"generation {request.g} of {request.domain} is not newer than {highest} here")
         await self.site.hook.prove(self.site.config.name, domainxml.machine(request.persistent_xml))
+        await checkpeer.refuse_unfit(self, peer, request)
         made = standby.make_body(request, self.site.config, peer)
         port = self.site.ports.take(self.site.config.listen_addresses[0], udp=True)
         made.links = [msgspec.structs.replace(link, local_port=port) for link in made.links]
@@ -449,7 +473,24 @@ class Core:
                     self.site.markers.ban(request.uuid, "restored after a failed protect")
             raise
 
-    async def _may_receive(self, peer: str, request: model.Prepare, life: Life | None) -> None:
+    def would_be_standby(self, request: model.Prepare, peer: str) -> Standby:
+        """The copy that `prepare` would build; nothing of it is kept. Raises: Refused if the two sides' TLS does not fit."""
+        made = standby.make_body(request, self.site.config, peer)
+        copy = Standby(self.site, made, Ledger(made.pid, "standby", made.g))
+        copy.request = request
+        return copy
+
+    async def _check(self, peer: str, body: bytes) -> msgspec.Struct:
+        """Asked twice for one check, it looks once."""
+        ask = msgspec.json.decode(body, type=checkpeer.Ask)
+        if ask.id not in self._checking:
+            self._checking = {i: task for i, task in self._checking.items() if not task.done()}
+            looking = checkpeer.look(self, peer, ask)
+            self._checking[ask.id] = asyncio.create_task(looking, name=f"check {ask.prepare.domain} for {peer}")
+        return await asyncio.shield(self._checking[ask.id])
+
+    async def may_receive(self, peer: str, request: model.Prepare, life: Life | None) -> None:
+        """Raises: Refused if a copy of this domain can't come here because of what is here."""
         name = self.site.config.name
         if life is not None and (life.body.state not in model.VOID_STATES or life.qemu_alive()):
             raise Refused("busy-there", f"{name} has a protection of {request.domain} of its own", f"it is {life.body.state}")

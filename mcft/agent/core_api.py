@@ -31,6 +31,9 @@ class Core(Protocol):
     async def protect(self, request: api.ProtectRequest) -> api.JobBody:
         """Accept a protection and start its set-up."""
 
+    async def check(self, request: api.ProtectRequest) -> api.Check:
+        """What `protect` would refuse and warn of; changes nothing."""
+
     async def act(self, domain: str, verb: Verb, request: api.ActRequest) -> api.JobBody:
         """Start unprotect, failover or solo."""
 

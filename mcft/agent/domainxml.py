@@ -15,11 +15,33 @@ from mcft.netbuffer import Nic
 
 QEMU_NS = "http://libvirt.org/schemas/domain/qemu/1.0"
 ET.register_namespace("qemu", QEMU_NS)
+# Where → what. The first that fits an element names it. A NIC or disk of these kinds moves guest memory past QEMU.
 UNPROTECTABLE = {
-    "hostdev": "a passed-through host device (VFIO)",
-    "filesystem": "a shared file system (virtiofs, 9p)",
-    "shmem": "shared memory",
-    "tpm": "a TPM",
+    "devices/hostdev[@type='mdev']": "a mediated host device (mdev)",
+    "devices/hostdev[@type='usb']": "a passed-through USB device",
+    "devices/hostdev": "a passed-through host device (VFIO)",
+    "devices/interface[@type='hostdev']": "a passed-through NIC (VFIO)",
+    "devices/interface[@type='vhostuser']": "a vhost-user NIC",
+    "devices/interface[@type='vdpa']": "a vDPA NIC",
+    "devices/filesystem": "a shared file system (virtiofs, 9p)",
+    "devices/shmem": "shared memory",
+    "devices/tpm": "a TPM",
+    "devices/lease": "a lease (its disks are locked by a lock manager)",
+    "devices/video/driver[@name='vhostuser']/..": "a vhost-user GPU",
+    "devices/video/model/acceleration[@accel3d='yes']/../..": "a GPU with 3D acceleration (virgl)",
+    "launchSecurity": "memory that its CPU encrypts (SEV, TDX)",
+}
+# Where → (code, what): output that no buffer holds. Consoles that are a serial port's other name are listed as that.
+OUTPUTS = {
+    "devices/serial": ("serial", "a serial port"),
+    "devices/parallel": ("parallel", "a parallel port"),
+    "devices/console": ("console", "a console"),
+    "devices/channel[@type='unix']/target[@name='org.qemu.guest_agent.0']/..": ("guest-agent", "the guest agent"),
+    "devices/channel": ("channel", "a channel"),
+    "devices/vsock": ("vsock", "a vsock"),
+    "devices/graphics": ("display", "a display"),
+    "devices/redirdev": ("usb-redirection", "a redirected USB device"),
+    "os/nvram": ("nvram", "the firmware's variables (NVRAM)"),
 }
 
 
@@ -37,33 +59,44 @@ class XmlDisk:
 
 def disks(xml: str) -> list[XmlDisk]:
     """The writable disks. Raises: Refused ("disk-not-protectable") for one that can't follow."""
-    found = []
+    return [disk for element in ET.fromstring(xml).iterfind("./devices/disk") if (disk := _writable(element)) is not None]
+
+
+def disk_refusals(xml: str) -> list[Refused]:
+    """All that `disks` would refuse, not only the first."""
+    refusals = []
     for element in ET.fromstring(xml).iterfind("./devices/disk"):
-        target = _attribute(element, "target", "dev")
-        if element.find("readonly") is not None or element.get("device") == "cdrom":
-            continue
-        if element.get("device", "disk") != "disk":
-            raise Refused(
-                "disk-not-protectable", f"disk {target} is a {element.get('device')}", "its writes can't be replicated",
-                "detach it, or make it read-only",
-            )  # fmt: skip
-        path = _attribute(element, "source", "file")
-        if element.find("shareable") is not None:
-            raise Refused("disk-not-protectable", f"disk {target} is shareable", "another domain may write it", "give it to one")
-        if not path:
-            raise Refused(
-                "disk-not-protectable",
-                f"disk {target} is of type '{element.get('type')}' and can't be replicated",
-                "in this version only disks in files can",
-                "detach it, or move it to a file",
-            )
-        found.append(
-            XmlDisk(
-                target, _attribute(element, "alias", "name"), path, _attribute(element, "driver", "type") or "raw",
-                _attribute(element, "target", "bus"), _attribute(element, "driver", "cache"),
-            )
+        try:
+            _writable(element)
+        except Refused as refusal:
+            refusals.append(refusal)
+    return refusals
+
+
+def _writable(element: ET.Element) -> XmlDisk | None:
+    """One `<disk>`; None if its guest can't write it."""
+    target = _attribute(element, "target", "dev")
+    if element.find("readonly") is not None or element.get("device") == "cdrom":
+        return None
+    if element.get("device", "disk") != "disk":
+        raise Refused(
+            "disk-not-protectable", f"disk {target} is a {element.get('device')}", "its writes can't be replicated",
+            "detach it, or make it read-only",
+        )  # fmt: skip
+    path = _attribute(element, "source", "file")
+    if element.find("shareable") is not None:
+        raise Refused("disk-not-protectable", f"disk {target} is shareable", "another domain may write it", "give it to one")
+    if not path:
+        raise Refused(
+            "disk-not-protectable",
+            f"disk {target} is of type '{element.get('type')}' and can't be replicated",
+            "in this version only disks in files can",
+            "detach it, or move it to a file",
         )
-    return found
+    return XmlDisk(
+        target, _attribute(element, "alias", "name"), path, _attribute(element, "driver", "type") or "raw",
+        _attribute(element, "target", "bus"), _attribute(element, "driver", "cache"),
+    )  # fmt: skip
 
 
 def nics(xml: str, vhost: bool) -> list[Nic]:
@@ -96,12 +129,33 @@ def uses_vhost(qemu_pid: int) -> bool:
 
 def refuse_unprotectable(xml: str) -> None:
     """Raises: Refused ("device-not-protectable") naming the first device whose state can't be carried over."""
-    root = ET.fromstring(xml)
-    for tag, what in UNPROTECTABLE.items():
-        if root.find(f"./devices/{tag}") is not None:
-            raise Refused(
-                "device-not-protectable", f"the domain has {what}", "its state can't be carried to a standby", "remove it first"
-            )
+    for refusal in unprotectable(xml):
+        raise refusal
+
+
+def unprotectable(xml: str) -> list[Refused]:
+    """All that `refuse_unprotectable` would refuse, not only the first."""
+    root, seen, refusals = ET.fromstring(xml), set(), []
+    for where, what in UNPROTECTABLE.items():
+        for element in root.iterfind(where):
+            if element not in seen:
+                seen.add(element)
+                why = "its state can't be carried to a standby"
+                refusals.append(Refused("device-not-protectable", f"the domain has {what}", why, "remove it first"))
+    return refusals
+
+
+def outputs(xml: str) -> list[tuple[str, str]]:
+    """What leaves the guest unbuffered: (code, what) for each kind of it, once."""
+    root, seen, found = ET.fromstring(xml), set(), {}
+    for where, (code, what) in OUTPUTS.items():
+        for element in root.iterfind(where):
+            # libvirt shows the first serial port as a console once more.
+            twice = element.tag == "console" and _attribute(element, "target", "type") not in ("virtio", "sclp", "xen")
+            if element not in seen and element.get("type") != "null" and not twice:
+                seen.add(element)
+                found[code] = what
+    return list(found.items())
 
 
 def machine(xml: str) -> str:

@@ -148,6 +148,7 @@ class _Routes:
             web.post("/v1/jobs/{id}/cancel", self._cancel),
             web.post("/v1/protections", self._protect),
             web.post("/v1/protections/{domain}/set", self._set),
+            web.post("/v1/check", self._check),
             *acts,
         ]
 
@@ -173,6 +174,9 @@ class _Routes:
 
     async def _protect(self, request: web.Request) -> web.Response:
         return json_answer(await self._core.protect(await self._read(request, api.ProtectRequest)))
+
+    async def _check(self, request: web.Request) -> web.Response:
+        return json_answer(await self._core.check(await self._read(request, api.ProtectRequest)))
 
     async def _set(self, request: web.Request) -> web.Response:
         wanted = await self._read(request, api.SetRequest)

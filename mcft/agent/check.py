@@ -1,0 +1,340 @@
+"""`mcft check`: everything that `protect` would refuse or warn of, and what it would cost; nothing is touched.
+
+Where `protect` has a refusal, that very function is called and what it raises becomes a finding. What only the peer can
+know, its agent answers (`checkpeer.py`). Findings stand in the order in which `protect` would meet them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+import xml.etree.ElementTree as ET
+from typing import TYPE_CHECKING, Any
+
+from mcft import __version__, api, netbuffer, streams
+from mcft.agent import checkpeer, domainxml, model, prediction
+from mcft.agent.findings import Findings, exit_code
+from mcft.engines import tcg
+from mcft.errors import Failed, McftError, NotFound, Refused
+from mcft.qmp_passthrough import Executor
+
+if TYPE_CHECKING:  # so that it can be tested without libvirt
+    from mcft.agent.core import Core
+    from mcft.agent.protection import Primary
+    from mcft.libvirt_bridge import DomainInfo
+
+PEER_S = 20.0
+LINK_S, POLL_S = 2.5, 0.1  # a hello goes over each link every second
+SKEW_S = 2.0
+WHERE_IT_ENDS = "somebody there may have read what the guest, after a take-over, does not know it wrote"
+
+
+# ---- refusals that `protect` shares ----
+
+
+async def refuse_engine(life: Primary) -> None:
+    """Raises: Refused ("engine") if the domain's QEMU can't be checkpointed."""
+    if refusal := await life.engine.unsupported(life.qmp):
+        raise Refused("engine", f"{life.body.domain} can't be protected", refusal)
+
+
+async def running_qemu(qmp: Executor) -> str:
+    """The version of the QEMU that runs the guest: it may be older than the installed one."""
+    version = (await qmp.execute("query-version"))["qemu"]
+    return f"{version['major']}.{version['minor']}.{version['micro']}"
+
+
+def refuse_older(ours: str, theirs: str, domain: str, peer: str) -> None:
+    """Raises: Refused ("older-qemu") if the peer's QEMU is older: what a newer one sends, it may not understand."""
+    if ours and theirs and _number(theirs) < _number(ours):
+        raise Refused(
+            "older-qemu", f"{domain} runs on QEMU {ours}, and {peer} has the older {theirs}",
+            "a guest goes from an older QEMU to a newer one, not the other way", f"bring QEMU on {peer} to {ours}",
+        )  # fmt: skip
+
+
+def _number(version: str) -> tuple[int, ...]:
+    """Major and minor: within a minor version QEMU keeps its stream as it is."""
+    return tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+
+
+async def refuse_busy(qmp: Executor, domain: str) -> None:
+    """Raises: Refused ("block-job", "migrating") while somebody else works on the domain's disks or moves it."""
+    jobs = [f"{job.get('type', 'job')} on {job.get('device', '?')}" for job in await qmp.execute("query-block-jobs")]
+    if jobs:
+        raise Refused(
+            "block-job", f"block jobs run on {domain}: {', '.join(jobs)}", "they and the replication would change one chain",
+            f"wait until they end, or end them (virsh blockjob {domain} DISK --abort)",
+        )  # fmt: skip
+    status = (await qmp.execute("query-migrate")).get("status")
+    # `colo` alone says nothing: it is what a stream that ended a moment ago still shows.
+    if status in prediction.BUSY and status != "colo":
+        raise Refused(
+            "migrating", f"a migration of {domain} is under way ({status})", "QEMU does one at a time",
+            f"wait until it ends, or virsh domjobabort {domain}",
+        )  # fmt: skip
+
+
+# ---- the check ----
+
+
+class Checker:
+    """One check of one domain towards one peer."""
+
+    def __init__(self, core: Core, request: api.ProtectRequest) -> None:
+        self.core, self.site, self.request = core, core.site, request
+        self.config, self.peer = core.site.config, request.to
+        self.findings = Findings()
+        self.life: Primary | None = None  # None: it can't be protected because of a device
+        self.qemu = ""
+
+    async def run(self, info: DomainInfo) -> api.Check:
+        """Look at both hosts. Raises what no finding can say: libvirt's silence."""
+        predicted = None
+        if await self._may_begin(info):
+            predicted = await self._look(info)
+        found = self.findings.found
+        return api.Check(self.config.name, info.name, info.uuid, self.peer, exit_code(found), found, predicted)
+
+    async def _may_begin(self, info: DomainInfo) -> bool:
+        """Whether there is anything to look at: it is not protected yet, by nobody, and it runs."""
+        life = self.core.lives.get(info.uuid)
+        try:
+            if life is not None and self.core.already(life, self.request):
+                self.findings.ok("already", f"{info.name} is protected to {self.peer} already: `protect` would do nothing")
+                return False
+            self.life = await self.core.candidate(self.request, 1)
+        except Refused as refusal:
+            if refusal.code != "device-not-protectable":
+                self.findings.refuse(refusal)
+                return False
+        return True
+
+    async def _look(self, info: DomainInfo) -> api.Prediction | None:
+        live = await self.site.host.xml(info.uuid)
+        for refusal in domainxml.unprotectable(live):
+            self.findings.refuse(refusal)
+        if self.life is None:
+            # The device has to go first; what else there is to say is said all the same, as far as it needs no QEMU.
+            self._see_disks(live)
+            self._see_nics(domainxml.nics(live, domainxml.uses_vhost(info.qemu_pid)))
+            self._see_outputs(live)
+            return None
+        measuring = asyncio.create_task(self._predict(self.life))
+        try:
+            await self._see_domain(self.life, live)
+            await self._see_peer(self.life)
+            await self._see_links()
+            self._see_outputs(live)
+            await self._see_rest(self.life, live)
+            return await measuring
+        finally:
+            measuring.cancel()
+
+    # ---- this host ----
+
+    async def _see_domain(self, life: Primary, live: str) -> None:
+        findings, name = self.findings, life.body.domain
+        self.qemu = await running_qemu(life.qmp)
+        await findings.tried(refuse_engine(life), "engine", f"{name} runs on QEMU {self.qemu}, which can checkpoint it (colo)")
+        await findings.tried(refuse_busy(life.qmp, name), "idle", "no block job and no migration is under way")
+        self._see_nics(life.body.nics)
+        self._see_disks(live)
+        if not domainxml.disk_refusals(live):
+            disks = await findings.tried(self.core.disks_of(life))
+            if disks is not None:
+                life.body.disks = disks
+                findings.ok("disks", f"disks that follow: {', '.join(d.target for d in disks) or 'none'}")
+        proof = self.site.hook.prove(self.config.name, domainxml.machine(life.body.xml))
+        await findings.tried(proof, "hook", f"libvirt calls mcft's hook on {self.config.name}")
+
+    def _see_disks(self, live: str) -> None:
+        for refusal in domainxml.disk_refusals(live):
+            self.findings.refuse(refusal)
+
+    def _see_nics(self, nics: list[netbuffer.Nic]) -> None:
+        asked = self.request.netbuffer if self.request.netbuffer != "auto" else self.config.netbuffer
+        ways = set()
+        for nic in nics:
+            if nic.kind in ("hostdev", "vhostuser", "vdpa"):
+                continue  # refused as a device already
+            try:
+                ways.add(netbuffer.choose(asked, [nic], plug_available=netbuffer.kernel_has_plug()))
+            except Refused as refusal:
+                self.findings.refuse(refusal)
+        if ways == {"none"}:
+            why = "a take-over goes back behind what was sent"
+            self.findings.warn("unsafe", "nothing is buffered (netbuffer none)", why, "--netbuffer filter")
+        elif ways:
+            names = ", ".join(nic.target for nic in nics)
+            self.findings.ok("nics", f"its NICs can be buffered by {' and '.join(sorted(ways))}: {names}")
+
+    def _see_outputs(self, live: str) -> None:
+        for code, what in domainxml.outputs(live):
+            says, why, so = f"it has {what}, which is not buffered", WHERE_IT_ENDS, "fine if nobody acts on what it says"
+            if code == "nvram":
+                says, why, so = f"it has {what}", "what the guest changes there later is not replicated", "fine if it changes nothing"
+            self.findings.warn(f"unbuffered-{code}", says, why, so)
+
+    # ---- the peer ----
+
+    async def _see_peer(self, life: Primary) -> None:
+        request = await self.findings.tried(self._prepare(life))
+        if request is None:
+            return
+        ask = checkpeer.Ask(secrets.token_hex(8), request, await actual_bytes(life))
+        before_s = time.time()
+        try:
+            theirs = await self.site.ask(self.peer, "check", ask, checkpeer.Found, PEER_S)
+        except NotFound as error:
+            if error.code != "no-such-verb":
+                raise
+            says = f"the mcft on {self.peer} can't be asked what it has"
+            self.findings.warn("old-peer", says, "it is older", f"bring it to {__version__}")
+            return
+        except McftError as error:
+            self.findings.refuse(error)
+            return
+        self.findings.found.extend(theirs.findings)
+        self._compare(life, theirs, before_s, time.time())
+
+    async def _prepare(self, life: Primary) -> model.Prepare:
+        """What `protect` would send, without keys and ports. Raises: Refused ("tls-missing"), Unreachable."""
+        body, config = life.body, self.config
+        about = model.About(body.uuid, domain=body.domain)
+        theirs = await self.site.ask(self.peer, "records", about, model.Records, 5.0)
+        highest = await self.site.store.highest_generation(body.uuid)
+        return model.Prepare(
+            body.uuid, body.domain, "", max(highest, theirs.highest_g) + 1, "", body.delay_ms, body.engine, config.loss_ms,
+            await self.site.host.xml(body.uuid, migratable=True), body.xml, body.autostart, body.disks, [],
+            body.disk_paths, body.overwrite, qemu=self.qemu,
+            tls=streams.offer(config.tls, config.qemu_pki_dir, config.name),
+        )  # fmt: skip
+
+    def _compare(self, life: Primary, theirs: checkpeer.Found, before_s: float, after_s: float) -> None:
+        findings, domain = self.findings, life.body.domain
+        qemu = theirs.versions.get("qemu", "")
+        try:
+            refuse_older(self.qemu, qemu, domain, self.peer)
+        except Refused as refusal:
+            findings.refuse(refusal)
+        else:
+            if _number(qemu) > _number(self.qemu):
+                why = "a guest goes from an older QEMU to a newer one, not the other way"
+                findings.warn("newer-qemu", f"{self.peer} has the newer QEMU {qemu}: no way back until this host has it too", why)
+            else:
+                findings.ok("qemu", f"QEMU {self.qemu} here and {qemu} on {self.peer}")
+        if theirs.versions.get("mcft") != __version__:
+            says = f"mcft is {__version__} here and {theirs.versions.get('mcft')} on {self.peer}"
+            findings.warn("mcft-versions", says, "", "bring both to one")
+        if warning := cpu_warning(ET.fromstring(life.body.xml), checkpeer.host_cpu(), (theirs.cpu, theirs.cpu_flags)):
+            so = "name a CPU model that both have"
+            findings.warn("cpu-differs", f"the CPUs differ: {warning}", "the domain's CPU is the host's own", so)
+        self._see_clock(clock_skew(before_s, after_s, theirs.time_s))
+        if not theirs.lan_check:
+            why = "cut off from the LAN it might take over although nobody can reach it"
+            says = f"{self.peer} has nothing to tell by whether its LAN works"
+            findings.warn("lan-check", says, why, "set [lan] check there")
+
+    def _see_clock(self, skew_s: float) -> None:
+        if abs(skew_s) > SKEW_S:
+            why = "mcft itself goes by CLOCK_BOOTTIME only, but journals and certificates go by the wall clock"
+            says = f"the clocks of both hosts are {abs(skew_s):.0f} s apart"
+            self.findings.warn("clock", says, why, "set them (NTP)")
+        else:
+            self.findings.ok("clock", "the clocks of both hosts agree")
+
+    # ---- links ----
+
+    async def _see_links(self) -> None:
+        link, peer = self.site.peer(self.peer), self.config.peers[self.peer]
+        first = peer.addresses[0]
+        deadline = time.monotonic() + LINK_S
+        while link.carries_since is None and link.reachable and time.monotonic() < deadline:
+            await asyncio.sleep(POLL_S)
+        if link.carries_since is not None:
+            self.findings.ok("replication-link", f"{self.peer} answers on the replication link ({first})")
+        elif link.reachable:
+            says = f"{self.peer} does not answer on the replication link ({first})"
+            why = "checkpoints go over the first address of [peers]"
+            self.findings.refuse(Refused("replication-link", says, why, "mend that link"))
+        silent = [a for a, at_s in link.last_ok.items() if at_s is None and a != first]
+        if silent:
+            says = f"{self.peer} does not answer on {', '.join(silent)}"
+            self.findings.warn("link", says, "keepalives go over it", "mend that link")
+        if min(len(self.config.listen_addresses), len(peer.addresses)) < 2:
+            why = "when it is cut, nobody can tell a dead host from a dead link"
+            self.findings.warn("one-link", "keepalives have one link only", why, "name a second address in [listen] and in [peers]")
+        if {"0.0.0.0", "::"} & set(self.config.listen_addresses):
+            why = "QEMU would listen for checkpoints everywhere"
+            self.findings.warn("listen", "[listen] addresses names no address", why, "name the replication link's first")
+
+    # ---- what is known beforehand ----
+
+    async def _see_rest(self, life: Primary, live: str) -> None:
+        domain, root = life.body.domain, ET.fromstring(live)
+        if await tcg.translates(life.qmp):
+            self.findings.warn(
+                "no-kvm", f"{domain} runs without KVM", "what a standby executed in the last milliseconds before a loss may be stale",
+                "use KVM for what matters",
+            )  # fmt: skip
+        models = {label.get("model", "") for label in root.iterfind("./seclabel")} & {"apparmor", "selinux"}
+        if models:
+            why = "the policy may deny QEMU the overlays that mcft makes beside the disks"
+            says = f"QEMU is confined by {', '.join(models)}, with which mcft was not tried"
+            self.findings.warn("confinement", says, why, "if protect fails, look at the audit log")
+        if self.config.arbiter == "standby":
+            self.findings.warn(
+                "arbiter", f"if {self.peer} dies, {domain} is unreachable until `mcft solo {domain}`",
+                "the arbiter is 'standby': the primary can't tell a dead standby from a cut",
+            )  # fmt: skip
+
+    async def _predict(self, life: Primary) -> api.Prediction:
+        address = self.config.peers[self.peer].addresses[0]
+        interface = await asyncio.to_thread(prediction.interface_to, address)
+        carries, why = prediction.limit(self.config.max_bandwidth_bytes, interface, prediction.link_speed(interface))
+        try:
+            rate, why_not = await prediction.dirty_rate(life.qmp), ""
+        except Failed as error:
+            rate, why_not = None, ": ".join(part for part in (error.message, error.reason) if part)
+        return prediction.predict(rate, self.request.delay_ms, carries, why, why_not)
+
+
+# ---- pure ----
+
+
+def clock_skew(before_s: float, after_s: float, theirs_s: float) -> float:
+    """How far the peer's wall clock is ahead of ours, at least: it was read at some moment between before and after."""
+    if before_s <= theirs_s <= after_s:
+        return 0.0
+    return theirs_s - after_s if theirs_s > after_s else theirs_s - before_s
+
+
+def cpu_warning(root: ET.Element, ours: tuple[str, str], theirs: tuple[str, str]) -> str:
+    """Empty, or how the CPUs differ where the guest sees the host's own. (model name, flags) of each."""
+    element = root.find("./cpu")
+    if root.get("type") != "kvm" or element is None or element.get("mode") not in ("host-passthrough", "maximum"):
+        return ""
+    if ours == theirs or not theirs[0]:
+        return ""
+    lacking = sorted(set(ours[1].split()) - set(theirs[1].split()))
+    return f"{ours[0]} here, {theirs[0]} there" + (f", which lacks {', '.join(lacking[:8])}" if lacking else "")
+
+
+async def actual_bytes(life: Primary) -> dict[str, int]:
+    """Target → what the disk, with its backing chain, takes now. QEMU: `query-block`."""
+    nodes: dict[str, int] = {}
+    for row in await life.qmp.execute("query-block"):
+        if inserted := row.get("inserted"):
+            nodes[inserted.get("node-name", "")] = chain_bytes(inserted.get("image", {}))
+    return {disk.target: nodes.get(disk.node, 0) for disk in life.body.disks}
+
+
+def chain_bytes(image: dict[str, Any]) -> int:
+    """actual-size of an image and of all that back it. QEMU: `ImageInfo`."""
+    total = 0
+    while image:
+        total += int(image.get("actual-size", 0))
+        image = image.get("backing-image", {})
+    return total

@@ -1,0 +1,337 @@
+"""The peer's side of `mcft check`, and what its `prepare` refuses before anything is made.
+
+The primary's agent sends what it would send for `prepare`; this one answers with what it has and with every refusal that
+`prepare` would raise, and makes nothing. `refuse_unfit` is the same checks for `prepare` itself.
+libvirt: `virConnectGetDomainCapabilities`, `virConnectCompareHypervisorCPU`, `virNetworkLookupByName`.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+import msgspec
+
+from mcft.agent import domainxml, model
+from mcft.agent.findings import Findings
+from mcft.agent.qemuprobe import QemuProbe, trustworthy
+from mcft.api import Finding
+from mcft.engines.colo import Colo
+from mcft.errors import Failed, McftError, Refused
+from mcft.qmp_passthrough import Qmp
+from mcft.units import format_bytes
+
+if TYPE_CHECKING:  # so that it can be tested without libvirt
+    from mcft.agent.core import Core
+
+# What a QEMU takes beside its guest's memory: its own heap, video memory, buffers of migration and of disks.
+OVERHEAD_BYTES = 256 << 20
+_UNITS = {"b": 1, "bytes": 1, "KB": 10**3, "k": 2**10, "KiB": 2**10, "MB": 10**6, "M": 2**20, "MiB": 2**20, "GB": 10**9}
+_UNITS |= {"G": 2**30, "GiB": 2**30, "TB": 10**12, "T": 2**40, "TiB": 2**40}
+INCOMPATIBLE = 0  # VIR_CPU_COMPARE_INCOMPATIBLE
+
+
+class Ask(msgspec.Struct, frozen=True):
+    """id: of this check (peers ask on several links at once). prepare: as for the verb `prepare`, without keys and ports.
+
+    actual_bytes: target → what the disk takes on the primary.
+    """
+
+    id: str
+    prepare: model.Prepare
+    actual_bytes: dict[str, int] = {}
+
+
+class Found(msgspec.Struct, frozen=True):
+    """What the peer says. versions: of its libvirt and of the QEMU that the copy would get; time_s: its wall clock."""
+
+    host: str
+    findings: list[Finding] = []
+    versions: dict[str, str] = {}
+    time_s: float = 0.0
+    lan_check: bool = True
+    cpu: str = ""
+    cpu_flags: str = ""
+
+
+@dataclass
+class Scene:
+    """One domain that would come, and the host to which."""
+
+    core: Core
+    peer: str
+    request: model.Prepare
+    actual_bytes: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.root = ET.fromstring(self.request.xml)
+        self.site, self.host = self.core.site, self.core.site.config.name
+        self.capabilities = ET.Element("none")
+        self.kvm = self.root.get("type") == "kvm"
+
+    def of_domain(self) -> tuple[str | None, str | None, str | None, str | None]:
+        """(emulator, arch, machine, virttype), as libvirt wants them."""
+        os_type = self.root.find("./os/type")
+        kind = {} if os_type is None else os_type.attrib
+        return self.root.findtext("./devices/emulator"), kind.get("arch"), kind.get("machine"), self.root.get("type")
+
+
+async def look(core: Core, peer: str, ask: Ask) -> Found:
+    """Everything `prepare` would refuse, and what this host has. Raises nothing that a check could say."""
+    scene, findings, site = Scene(core, peer, ask.prepare, ask.actual_bytes), Findings(), core.site
+    request = ask.prepare
+    await findings.tried(core.may_receive(peer, request, core.lives.get(request.uuid)))
+    proof = site.hook.prove(scene.host, domainxml.machine(request.persistent_xml))
+    await findings.tried(proof, "hook", f"libvirt calls mcft's hook on {scene.host}")
+    probe = QemuProbe(scene.of_domain()[0] or "")
+    for work in (*(check(scene) for check in (*FITS, room, overwrite)), engine(scene, probe)):
+        if (finding := await findings.tried(work)) is not None:
+            findings.found.append(finding)
+    versions = dict(site.versions) | ({"qemu": probe.version} if probe.version else {})
+    model_name, flags = host_cpu()
+    return Found(scene.host, findings.found, versions, time.time(), bool(site.config.lan_check), model_name, flags)
+
+
+async def refuse_unfit(core: Core, peer: str, request: model.Prepare) -> None:
+    """Raises: Refused for a copy that this host can't run. Nothing was made yet."""
+    scene = Scene(core, peer, request)
+    for check in FITS:
+        await check(scene)
+
+
+async def machine(scene: Scene) -> Finding:
+    """Whether this host has the emulator, the machine type and KVM."""
+    emulator, arch, kind, virttype = scene.of_domain()
+    if emulator and not os.path.exists(emulator):
+        raise Refused(
+            "no-emulator", f"{scene.host} has no {emulator}", "the domain names it as its QEMU",
+            f"install that QEMU on {scene.host}",
+        )  # fmt: skip
+    try:
+        text = await scene.site.host.call(lambda conn: str(conn.getDomainCapabilities(emulator, arch, kind, virttype, 0)))
+    except Failed as error:
+        if error.code != "libvirt":
+            raise
+        raise Refused(
+            "no-machine", f"{scene.host} can't run a machine {kind} with {'KVM' if scene.kvm else virttype}", error.message,
+            f"install the same QEMU on {scene.host}, or give the domain a machine type that both have",
+        ) from None  # fmt: skip
+    scene.capabilities = ET.fromstring(text)
+    return Finding("ok", "machine", f"{scene.host} has machine type {kind}{' and KVM' if scene.kvm else ''}")
+
+
+async def cpu(scene: Scene) -> Finding:
+    """Whether the domain's CPU can be given there."""
+    element = scene.root.find("./cpu")
+    if (why := lacks_cpu(element, scene.capabilities)) and scene.kvm:
+        raise _no_cpu(scene, why)
+    if scene.kvm and element is not None and element.get("mode") == "custom":
+        wanted = ET.tostring(element, encoding="unicode")
+        emulator, arch, kind, virttype = scene.of_domain()
+
+        def compare(conn: Any) -> int:
+            return int(conn.compareHypervisorCPU(emulator, arch, kind, virttype, wanted, 0))
+
+        if await scene.site.host.call(compare) == INCOMPATIBLE:
+            raise _no_cpu(scene, "its CPU lacks features of the domain's CPU model")
+    return Finding("ok", "cpu", f"{scene.host} can give the CPU {cpu_name(element)}")
+
+
+def _no_cpu(scene: Scene, why: str) -> Refused:
+    return Refused(
+        "no-cpu", f"{scene.host} can't give the guest its CPU {cpu_name(scene.root.find('./cpu'))}", why,
+        "choose a CPU model that both hosts have (virsh hypervisor-cpu-baseline) and start the guest anew",
+    )  # fmt: skip
+
+
+def lacks_cpu(element: ET.Element | None, capabilities: ET.Element) -> str:
+    """Empty, or why domain capabilities do not offer this `<cpu>`. Pure."""
+    if element is None or element.get("mode") is None:
+        return ""
+    mode = capabilities.find(f"./cpu/mode[@name='{element.get('mode')}']")
+    if mode is None or mode.get("supported") != "yes":
+        return f"libvirt does not offer the mode '{element.get('mode')}' there"
+    name = (element.findtext("model") or "").strip()
+    if element.get("mode") != "custom" or not name:
+        return ""
+    offered = {(m.text or "").strip(): m.get("usable") for m in mode.iterfind("model")}
+    if name not in offered:
+        return "its QEMU does not know that model"
+    return "its CPU lacks features of that model" if offered[name] == "no" else ""
+
+
+def cpu_name(element: ET.Element | None) -> str:
+    """As people call it."""
+    if element is None:
+        return "QEMU's default"
+    return (element.findtext("model") or "").strip() or element.get("mode") or "QEMU's default"
+
+
+async def networks(scene: Scene) -> Finding:
+    """Whether each NIC's bridge or network is there."""
+    wanted = nic_sources(scene.root)
+    missing = [f"bridge {name}" for kind, name in wanted if kind == "bridge" and not os.path.exists(f"/sys/class/net/{name}")]
+    for name in [name for kind, name in wanted if kind == "network"]:
+        if not await _network_runs(scene, name):
+            missing.append(f"running network '{name}'")
+    if missing:
+        raise Refused(
+            "no-network", f"{scene.host} has no {' and no '.join(missing)}", "NICs of the domain are on it",
+            f"make it on {scene.host} under the same name, in the same LAN",
+        )  # fmt: skip
+    there = ", ".join(f"{kind} {name}" for kind, name in wanted) or "no network, as none is needed"
+    return Finding("ok", "networks", f"{scene.host} has {there}")
+
+
+async def _network_runs(scene: Scene, name: str) -> bool:
+    try:
+        return bool(await scene.site.host.call(lambda conn: conn.networkLookupByName(name).isActive()))
+    except McftError as error:
+        if "not found" in str(error).lower():
+            return False
+        raise
+
+
+def nic_sources(root: ET.Element) -> list[tuple[str, str]]:
+    """(bridge or network, name) that a domain's NICs need, each once. Pure."""
+    found: dict[tuple[str, str], None] = {}
+    for element in root.iterfind("./devices/interface"):
+        kind, source = element.get("type", ""), element.find("source")
+        if kind in ("bridge", "network") and source is not None and source.get(kind):
+            found[(kind, source.get(kind, ""))] = None
+    return list(found)
+
+
+async def memory(scene: Scene) -> Finding:
+    """Twice the guest's memory, and QEMU's own, beside what the standbys that are here may still take."""
+    ram, huge = ram_bytes(scene.root), scene.root.find("./memoryBacking/hugepages") is not None
+    with open("/proc/meminfo", encoding="ascii") as file:
+        info = meminfo(file.read())
+    if huge and info.get("HugePages_Free", 0) * info.get("Hugepagesize", 0) < ram:
+        raise Refused(
+            "no-memory", f"{scene.host} has too few free huge pages for a copy of {format_bytes(ram)}",
+            "the domain is backed by them", f"on {scene.host}: raise vm.nr_hugepages",
+        )  # fmt: skip
+    need = ram * (1 if huge else 2) + OVERHEAD_BYTES
+    free = info.get("MemAvailable", 0) - promised_memory(scene)
+    what = f"{format_bytes(max(free, 0))} of memory free, and the copy takes up to {format_bytes(need)}"
+    if free < need:
+        raise Refused(
+            "no-memory", f"{scene.host} has {what}",
+            "a checkpoint is kept beside the guest's memory: twice that, and QEMU's own",
+            f"free memory on {scene.host}, or give the guest less",
+        )  # fmt: skip
+    return Finding("ok", "memory", f"{scene.host} has {what}")
+
+
+def promised_memory(scene: Scene) -> int:
+    """What the other standbys of this host have not taken yet and may."""
+    total = 0
+    for life in scene.core.lives.values():
+        if life.body.role == "standby" and life.body.uuid != scene.request.uuid and life.qemu_alive():
+            try:
+                with open(f"/proc/{life.body.qemu_pid}/statm", encoding="ascii") as file:
+                    resident = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            except OSError:
+                continue
+            total += max(2 * ram_bytes(ET.fromstring(life.body.xml)) + OVERHEAD_BYTES - resident, 0)
+    return total
+
+
+def ram_bytes(root: ET.Element) -> int:
+    """A domain's memory. Pure."""
+    element = root.find("./memory")
+    if element is None:
+        return 0
+    return int(element.text or 0) * _UNITS.get(element.get("unit", "KiB"), 2**10)
+
+
+def meminfo(text: str) -> dict[str, int]:
+    """/proc/meminfo; bytes where it says kB. Pure."""
+    rows = (line.replace(":", "").split() for line in text.splitlines())
+    return {row[0]: int(row[1]) * (1024 if row[2:] == ["kB"] else 1) for row in rows if len(row) >= 2}
+
+
+async def room(scene: Scene) -> Finding:
+    """Space for the disks, beside what the standbys that are here may still write."""
+    need: dict[int, list[int]] = {}  # device → [what the disks take now, what they may grow to]
+    folder_of: dict[int, str] = {}
+    for disk in scene.request.disks:
+        folder = existing(os.path.dirname(scene.request.disk_paths.get(disk.target, disk.path)))
+        device = os.stat(folder).st_dev
+        folder_of[device] = folder
+        now_and_all = need.setdefault(device, [0, 0])
+        now_and_all[0] += scene.actual_bytes.get(disk.target, 0)
+        now_and_all[1] += disk.size_bytes
+    for device, (now, whole) in need.items():
+        place = os.statvfs(folder_of[device])
+        free = place.f_bavail * place.f_frsize - promised_room(scene, device)
+        what = f"{format_bytes(max(free, 0))} free in {folder_of[device]}"
+        if free < now:
+            raise Refused(
+                "no-room", f"{scene.host} has {what}", f"the disks take {format_bytes(now)}",
+                "make room, or put them elsewhere (--disk TARGET=PATH)",
+            )  # fmt: skip
+        if free < whole:
+            reason = f"the disks may grow from {format_bytes(now)} to {format_bytes(whole)}; a full disk ends the protection"
+            return Finding("warning", "room", f"{scene.host} has {what}", reason, "make room before they grow")
+    most = format_bytes(sum(whole for _, whole in need.values()))
+    return Finding("ok", "room", f"{scene.host} has room for the disks: {most} at most")
+
+
+def promised_room(scene: Scene, device: int) -> int:
+    """What the other standbys' disks on this file system have not taken yet and may."""
+    total = 0
+    for life in scene.core.lives.values():
+        for disk in life.body.disks if life.body.role == "standby" and life.body.uuid != scene.request.uuid else []:
+            if os.path.exists(disk.path) and (stat := os.stat(disk.path)).st_dev == device:
+                total += max(disk.size_bytes - stat.st_blocks * 512, 0)
+    return total
+
+
+def existing(folder: str) -> str:
+    """The folder, or the nearest above it that is there."""
+    while not os.path.isdir(folder):
+        folder = os.path.dirname(folder) or "/"
+    return folder
+
+
+async def overwrite(scene: Scene) -> Finding:
+    """Whether the disks' files may be made, and both sides agree on TLS. Raises what the copy's own step would."""
+    copy = scene.core.would_be_standby(scene.request, scene.peer)
+    for disk in scene.request.disks:
+        path = scene.request.disk_paths.get(disk.target, disk.path)
+        if os.path.exists(path):
+            copy._may_overwrite(disk, path)
+    tls = "encrypted" if copy.body.tls else "in the clear"
+    return Finding("ok", "files", f"the disks' files may be written on {scene.host}; checkpoints and disk blocks go {tls}")
+
+
+async def engine(scene: Scene, probe: QemuProbe) -> Finding:
+    """Ask that QEMU itself, without a machine. Raises: Refused as the copy would be."""
+    if not trustworthy(probe.path):
+        why = "only a file that root alone can write is started for that"
+        return Finding("warning", "engine-there", f"the QEMU of {scene.host} was not asked whether it can follow", why)
+    async with probe:
+        if refusal := await Colo().unsupported(cast(Qmp, probe)):  # it only executes
+            raise Refused("engine", f"{scene.host} can't follow {scene.request.domain}", refusal)
+    return Finding("ok", "engine-there", f"the QEMU of {scene.host}, {probe.version}, can follow")
+
+
+def host_cpu(path: str = "/proc/cpuinfo") -> tuple[str, str]:
+    """(model name, its flags sorted) of the host's first CPU."""
+    found: dict[str, str] = {}
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            name, _, value = line.partition(":")
+            found.setdefault(name.strip(), value.strip())
+            if not line.strip():
+                break
+    return found.get("model name", ""), " ".join(sorted(found.get("flags", "").split()))
+
+
+FITS: tuple[Callable[[Scene], Awaitable[Finding]], ...] = (machine, cpu, networks, memory)
