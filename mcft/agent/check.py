@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # so that it can be tested without libvirt
 PEER_S = 20.0
 LINK_S, POLL_S = 2.5, 0.1  # a hello goes over each link every second
 SKEW_S = 2.0
-WHERE_IT_ENDS = "somebody there may have read what the guest, after a take-over, does not know it wrote"
+UNBUFFERED = "after a take-over somebody may have read there what the guest does not know it wrote"
 
 
 # ---- refusals that `protect` shares ----
@@ -172,9 +172,10 @@ class Checker:
 
     def _see_outputs(self, live: str) -> None:
         for code, what in domainxml.outputs(live):
-            says, why, so = f"it has {what}, which is not buffered", WHERE_IT_ENDS, "fine if nobody acts on what it says"
+            says, why, so = f"the domain has {what}, which is not buffered", UNBUFFERED, "fine if nobody acts on what it says"
             if code == "nvram":
-                says, why, so = f"it has {what}", "what the guest changes there later is not replicated", "fine if it changes nothing"
+                says, why = f"the domain has {what}", "what the guest changes there is not replicated"
+                so = "fine if it changes nothing"
             self.findings.warn(f"unbuffered-{code}", says, why, so)
 
     # ---- the peer ----
@@ -265,7 +266,7 @@ class Checker:
             self.findings.warn("link", says, "keepalives go over it", "mend that link")
         if min(len(self.config.listen_addresses), len(peer.addresses)) < 2:
             why = "when it is cut, nobody can tell a dead host from a dead link"
-            self.findings.warn("one-link", "keepalives have one link only", why, "name a second address in [listen] and in [peers]")
+            self.findings.warn("one-link", "keepalives have one link only", why, "name a second address in both files")
         if {"0.0.0.0", "::"} & set(self.config.listen_addresses):
             why = "QEMU would listen for checkpoints everywhere"
             self.findings.warn("listen", "[listen] addresses names no address", why, "name the replication link's first")
@@ -276,7 +277,7 @@ class Checker:
         domain, root = life.body.domain, ET.fromstring(live)
         if await tcg.translates(life.qmp):
             self.findings.warn(
-                "no-kvm", f"{domain} runs without KVM", "what a standby executed in the last milliseconds before a loss may be stale",
+                "no-kvm", f"{domain} runs without KVM", "what a standby executed just before a loss may be stale",
                 "use KVM for what matters",
             )  # fmt: skip
         models = {label.get("model", "") for label in root.iterfind("./seclabel")} & {"apparmor", "selinux"}

@@ -78,9 +78,10 @@ def predict(dirty_bytes_per_s: int | None, delay_ms: int, limit_bytes_per_s: int
     standing = pause_ms / period_ms
     needed = int(dirty_bytes_per_s * delay_ms / period_ms)
     verdict = _verdict(dirty_bytes_per_s, limit_bytes_per_s, standing)
-    text = _words(verdict, dirty_bytes_per_s, limit_bytes_per_s, standing, delay_ms / 2 + pause_ms, delay_ms)
+    latency_ms = round(delay_ms / 2 + pause_ms, 1)
+    text = _words(verdict, dirty_bytes_per_s, limit_bytes_per_s, standing, latency_ms, delay_ms)
     return Prediction(
-        delay_ms, dirty_bytes_per_s, round(pause_ms, 1), round(delay_ms / 2 + pause_ms, 1), round(period_ms, 1), needed,
+        delay_ms, dirty_bytes_per_s, round(pause_ms, 1), latency_ms, round(period_ms, 1), needed,
         limit_bytes_per_s, limit_is, round(standing, 3), verdict, text,
     )  # fmt: skip
 

@@ -89,6 +89,10 @@ class FakeCore:
             raise self.error
         return self.jobs.start("protect", request.domain, self._work, request.key)
 
+    async def check(self, request: api.ProtectRequest) -> api.Check:
+        self.acts.append(("check", request))
+        return api.Check(self.name, request.domain, "u", request.to)
+
     async def act(self, domain: str, verb: Verb, request: api.ActRequest) -> api.JobBody:
         self.acts.append((verb, domain, request))
         return self.jobs.start(verb, domain, self._work, request.key)

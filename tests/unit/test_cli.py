@@ -47,6 +47,32 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
     return runner
 
 
+# ---- check ----
+
+
+@pytest.mark.parametrize("code", [0, 4, 5])
+def test_check_asks_what_protect_would_and_exits_as_it_would(agent: FakeAgent, run: Run, code: int) -> None:
+    found = [api.Finding("warning", "arbiter", "if host2 dies")]
+    if code:
+        found.append(api.Finding("refusal", "x", "no", exit_code=code))
+    agent.say("POST /v1/check", api.Check("host1", "vm1", "u", "host2", code, found))
+    exit_code, out, err = run("check", "vm1", "--to", "host2", "--disk", "vda=/a", "--delay", "50ms")
+    assert (exit_code, err) == (code, "")
+    assert ("would be refused" if code else "would go") in out and "if host2 dies" in out
+    _, _, body = agent.asked[0]
+    assert (body["domain"], body["to"], body["delay_ms"], body["disks"]) == ("vm1", "host2", 50, {"vda": "/a"})
+    exit_code, out, _ = run("check", "vm1", "--to", "host2", "--json")
+    assert exit_code == code and json.loads(out)["findings"][0]["code"] == "arbiter"
+
+
+def test_check_of_what_nobody_has(agent: FakeAgent, run: Run) -> None:
+    agent.refuse("POST /v1/check", errors.NotFound("no-such-domain", "no domain 'vm9'"), 404)
+    code, out, err = run("check", "vm9", "--to", "host2")
+    assert (code, out) == (3, "") and "vm9" in err
+    assert run("check", "vm1", "--to", "host2", "--disk", "vda")[0] == 2
+    assert run("check", "vm1")[0] == 2
+
+
 # ---- protect ----
 
 

@@ -103,6 +103,9 @@ async def test_operators_routes(scene: SimpleNamespace) -> None:
     status, body = await ask(http, "POST", "/v1/protections/vm1/set", json={"delay_ms": 50})
     assert (status, body["state"]) == (200, "protected")
     assert scene.core.acts[-1][2].delay_ms == 50
+    status, body = await ask(http, "POST", "/v1/check", json={"domain": "vm1", "to": "host2", "disks": {"vda": "/a"}})
+    assert (status, body["domain"], body["peer"], body["exit_code"]) == (200, "vm1", "host2", 0)
+    assert scene.core.acts[-1][1].disks == {"vda": "/a"}
 
 
 async def test_jobs_are_polled_and_cancelled(scene: SimpleNamespace) -> None:
