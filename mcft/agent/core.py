@@ -1,4 +1,4 @@
-"""The agent's core: one `Life` per protection, what operators ask of them and what the other agent asks."""
+"""The agent's core: one `Life` per protection, and what operators ask of them (the other agent's words: `peerverbs.py`)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Any
 import msgspec
 
 from mcft import api, diskreplica, generations, netbuffer
-from mcft.agent import check, checkpeer, domainxml, model, protection, standby, statusview
+from mcft.agent import check, domainxml, model, protection, standby, statusview
 from mcft.agent.events import EventLog
 from mcft.agent.hook import boot_id
 from mcft.agent.jobs import JobHandle, Jobs
+from mcft.agent.peerverbs import PeerVerbs
 from mcft.agent.protection import Primary
 from mcft.agent.site import Life, Site, log
 from mcft.agent.standby import Standby
@@ -33,21 +34,7 @@ class Core:
         self.site = site
         self.lives: dict[str, Life] = {}
         site.ports.held = self._ports
-        self._preparing: dict[str, asyncio.Task[msgspec.Struct]] = {}  # by instance: peers ask on several links at once
-        self._checking: dict[str, asyncio.Task[checkpeer.Found]] = {}  # likewise, by check
-        self._verbs: dict[str, Callable[[str, bytes], Awaitable[msgspec.Struct]]] = {
-            "hello": self._hello,
-            "records": self._records,
-            "state": self._state,
-            "prepare": self._prepare,
-            "arm": self._arm,
-            "give-up": self._give_up,
-            "take": self._take,
-            "ended": self._ended,
-            "discard": self._discard,
-            "switch": self._switch,
-            "check": self._check,
-        }
+        self.peer_verbs = PeerVerbs(self)
 
     @property
     def jobs(self) -> Jobs:
@@ -70,7 +57,7 @@ class Core:
         if not kinds:
             side = body.role
         ledger = Ledger.load(body.pid, side, body.g, [(r.g, r.kind) for r in kinds if r.side == side])
-        life = self._alive(body, ledger)
+        life = self.alive(body, ledger)
         if body.links and ledger.newest not in (Kind.LOST, Kind.ENDED, Kind.GIVEN_UP) and not ledger.won:
             self.site.route_users.setdefault(body.links[0].peer, set()).add(body.uuid)
         if body.route_changed and body.links:
@@ -79,12 +66,12 @@ class Core:
             body.next_try_boottime_ms = 0.0  # the clock of another boot
         self.site.spawn(self._adopt(life), f"adopt {body.domain}")
 
-    def _alive(self, body: model.Body, ledger: Ledger) -> Life:
+    def alive(self, body: model.Body, ledger: Ledger) -> Life:
         life: Life = Standby(self.site, body, ledger) if body.role == "standby" else Primary(self.site, body, ledger)
         if isinstance(life, Standby):
             life.on_active = self._became_active
         elif isinstance(life, Primary):
-            life.on_gone = self._gone
+            life.on_gone = self.gone
         self.lives[body.uuid] = life
         return life
 
@@ -100,17 +87,17 @@ class Core:
                 await asyncio.sleep(2.0)
         if isinstance(life, Standby):
             if life.cut_off:
-                self._gone(life)
-            await self._still_wanted(life)
+                self.gone(life)
+            await self.still_wanted(life)
 
-    async def _still_wanted(self, life: Standby) -> None:
+    async def still_wanted(self, life: Standby) -> None:
         """An unarmed copy whose primary no longer knows this instance is discarded."""
         while self.lives.get(life.body.uuid) is life and life.ledger.newest is Kind.PREPARING:
             try:
                 known = await self.site.ask(life.body.peer, "state", self.about(life), model.Records, 3.0)
                 if known.pid != life.body.pid or known.state in ("", "unprotected"):
                     await life.discard()
-                    self._gone(life)
+                    self.gone(life)
                     return
             except McftError as error:
                 log.info("asking %s about %s: %s", life.body.peer, life.body.domain, error)
@@ -119,7 +106,7 @@ class Core:
     def about(self, life: Life) -> model.About:
         return model.About(life.body.uuid, life.body.pid, life.body.g, life.body.domain)
 
-    def _gone(self, life: Life) -> None:
+    def gone(self, life: Life) -> None:
         if self.lives.get(life.body.uuid) is life:
             del self.lives[life.body.uuid]
         if life.body.previous and life.body.role == "primary" and life.ledger.newest in (None, Kind.PREPARING):
@@ -257,7 +244,7 @@ class Core:
         )  # fmt: skip
         body.disks = await find_disks(life)
         await self.site.hook.prove(config.name, domainxml.machine(body.xml))
-        life.on_gone = self._gone
+        life.on_gone = self.gone
         if previous is not None:
             body.previous = model.encode(previous.body).decode()
         self.lives[body.uuid] = life
@@ -265,7 +252,7 @@ class Core:
             await life.protect(job.step)
         except BaseException:
             if life.ledger.newest in (None, Kind.PREPARING):
-                self._gone(life)
+                self.gone(life)
                 await asyncio.shield(self._back_to(previous, life))
             raise
         return f"{body.domain} is protected, its standby is on {peer}"
@@ -280,7 +267,7 @@ class Core:
         return await find_disks(life)
 
     async def _back_to(self, previous: Life | None, failed: Primary) -> None:
-        """A protecting that failed leaves what was before: nothing, or a primary without a standby (`_gone` puts it back)."""
+        """A protecting that failed leaves what was before: nothing, or a primary without a standby (`gone` puts it back)."""
         if previous is None:
             await self.site.store.delete(failed.body.uuid)
             failed.forget_labels()
@@ -325,7 +312,7 @@ class Core:
         if isinstance(life, Primary):
             return life
         primary = Primary(self.site, life.body, life.ledger)
-        primary.on_gone = self._gone
+        primary.on_gone = self.gone
         self.lives[life.body.uuid] = primary
         return primary
 
@@ -380,13 +367,7 @@ class Core:
     # ---- what the other agent asks ----
 
     async def peer_call(self, peer_name: str, verb: str, body: bytes) -> bytes:
-        handler = self._verbs.get(verb)
-        if handler is None:
-            raise NotFound("no-such-verb", f"this agent knows no '{verb}'", "the other agent is newer")
-        try:
-            return model.encode(await handler(peer_name, body))
-        except msgspec.DecodeError as error:
-            raise Usage("bad-request", f"'{verb}' was asked in words that this agent does not know", str(error)) from None
+        return await self.peer_verbs.call(peer_name, verb, body)
 
     def hello(self) -> bytes:
         """What this agent says of itself."""
@@ -397,97 +378,12 @@ class Core:
             )
         )  # fmt: skip
 
-    async def _hello(self, _peer: str, _body: bytes) -> msgspec.Struct:
-        return msgspec.json.decode(self.hello(), type=model.Hello)
-
-    async def _records(self, _peer: str, body: bytes) -> msgspec.Struct:
-        about = msgspec.json.decode(body, type=model.About)
-        info = await self.site.host.find(about.uuid)
-        life = self.lives.get(about.uuid)
-        known = life.known(host_running=False) if life else model.Records(self.site.config.name, about.uuid)
-        running = info is not None and info.running and (life is None or life.body.role == "primary")
-        highest = await self.site.store.highest_generation(about.uuid)
-        return msgspec.structs.replace(
-            known, highest_g=highest, running=running, defined=info is not None and info.persistent, protections=len(self.lives)
-        )
-
-    async def _state(self, _peer: str, body: bytes) -> msgspec.Struct:
-        about = msgspec.json.decode(body, type=model.About)
-        return await self._known(about)
-
-    async def _known(self, about: model.About) -> model.Records:
-        """This side's records of that very instance, from memory or from the store."""
-        life = self.lives.get(about.uuid)
-        if life is not None and (not about.pid or life.body.pid == about.pid):
-            return life.known(host_running=life.qemu_alive())
-        rows = [r for r in await self.site.store.records(about.uuid, about.pid)] if about.pid else []
-        if not rows or life is not None:
-            return model.Records(self.site.config.name, about.uuid)
-        side = rows[0].side
-        return model.Records(
-            self.site.config.name, about.uuid, 0, about.pid, about.g, side, "unprotected", [(side, r.g, r.kind) for r in rows]
-        )
-
-    def _instance(self, peer: str, body: bytes) -> tuple[model.About, Standby]:
-        about = msgspec.json.decode(body, type=model.About)
-        life = self.lives.get(about.uuid)
-        if not isinstance(life, Standby) or life.body.pid != about.pid or life.body.peer != peer:
-            raise NotFound("no-such-instance", f"{self.site.config.name} holds no standby of this instance of {about.domain}")
-        return about, life
-
-    async def _prepare(self, peer: str, body: bytes) -> msgspec.Struct:
-        """Asked twice for one instance (on two links, say), it is built once."""
-        request = msgspec.json.decode(body, type=model.Prepare)
-        if request.pid not in self._preparing:
-            self._preparing = {p: task for p, task in self._preparing.items() if not task.done()}
-            name = f"prepare {request.domain} for {peer}"
-            self._preparing[request.pid] = asyncio.create_task(self._prepare_once(peer, request), name=name)
-        return await asyncio.shield(self._preparing[request.pid])
-
-    async def _prepare_once(self, peer: str, request: model.Prepare) -> msgspec.Struct:
-        life = self.lives.get(request.uuid)
-        await self.may_receive(peer, request, life)
-        highest = await self.site.store.highest_generation(request.uuid)
-        if request.g <= highest:
-            raise Refused("old-generation", f"generation {request.g} of {request.domain} is not newer than {highest} here")
-        await self.site.hook.prove(self.site.config.name, domainxml.machine(request.persistent_xml))
-        await checkpeer.refuse_unfit(self, peer, request)
-        made = standby.make_body(request, self.site.config, peer)
-        port = self.site.ports.take(self.site.config.listen_addresses[0], udp=True)
-        made.links = [msgspec.structs.replace(link, local_port=port) for link in made.links]
-        if life is not None:
-            await life.close()
-        fresh = self._alive(made, Ledger(made.pid, "standby", made.g))
-        assert isinstance(fresh, Standby)
-        fresh.request = request
-        try:
-            prepared = await fresh.prepare()
-            self.site.spawn(self._still_wanted(fresh), f"is {request.domain} still wanted")
-            return prepared
-        except BaseException:
-            if self.lives.get(request.uuid) is fresh:
-                self._gone(fresh)
-                if life is not None:
-                    self.lives[request.uuid] = life
-                    await life.save()
-                    self.site.markers.ban(request.uuid, "restored after a failed protect")
-            raise
-
     def would_be_standby(self, request: model.Prepare, peer: str) -> Standby:
         """The copy that `prepare` would build; nothing of it is kept. Raises: Refused if the two sides' TLS does not fit."""
         made = standby.make_body(request, self.site.config, peer)
         copy = Standby(self.site, made, Ledger(made.pid, "standby", made.g))
         copy.request = request
         return copy
-
-    async def _check(self, peer: str, body: bytes) -> msgspec.Struct:
-        """Asked twice for one check, it looks once."""
-        ask = msgspec.json.decode(body, type=checkpeer.Ask)
-        if ask.id not in self._checking:
-            self._checking = {i: task for i, task in self._checking.items() if not task.done()}
-            looking = checkpeer.look(self, peer, ask)
-            self._checking[ask.id] = asyncio.create_task(looking, name=f"check {ask.prepare.domain} for {peer}")
-        return await asyncio.shield(self._checking[ask.id])
 
     async def may_receive(self, peer: str, request: model.Prepare, life: Life | None) -> None:
         """Raises: Refused if a copy of this domain can't come here because of what is here."""
@@ -500,77 +396,6 @@ class Core:
         other = await self.site.host.find(request.domain)
         if other is not None and other.uuid != request.uuid:
             raise Refused("name-taken", f"{name} has another domain named {request.domain}", f"its uuid is {other.uuid}")
-
-    async def _arm(self, peer: str, body: bytes) -> msgspec.Struct:
-        _, life = self._instance(peer, body)
-        return await life.arm()
-
-    async def _give_up(self, peer: str, body: bytes) -> msgspec.Struct:
-        about = msgspec.json.decode(body, type=model.About)
-        life = self.lives.get(about.uuid)
-        if isinstance(life, Standby) and life.body.pid == about.pid and life.body.peer == peer:
-            await life.give_up(about)
-        return await self._known(about)
-
-    async def _take(self, peer: str, body: bytes) -> msgspec.Struct:
-        """The primary has resigned, its gate is closed and its guest stands."""
-        about, life = self._instance(peer, body) if self._holds(body) else (msgspec.json.decode(body, type=model.About), None)
-        if life is not None and life.ledger.newest is Kind.ARMED:
-            if life.qemu_alive():
-                life.begin_take("planned switch", peer_closed=True)
-            else:
-                await life.give_up(msgspec.structs.replace(about, qemu_runs=True))
-        return await self._known(about)
-
-    def _holds(self, body: bytes) -> bool:
-        about = msgspec.json.decode(body, type=model.About)
-        life = self.lives.get(about.uuid)
-        return isinstance(life, Standby) and life.body.pid == about.pid
-
-    async def _ended(self, peer: str, body: bytes) -> msgspec.Struct:
-        about = msgspec.json.decode(body, type=model.About)
-        if self._holds(body):
-            _, life = self._instance(peer, body)
-            return await life.ended(about.detail or "the guest was ended")
-        known = await self._known(about)
-        kinds = [kind for side, g, kind in known.records if side == "standby" and g == about.g]
-        return model.Answer(kinds[-1] if kinds else "", about.g)
-
-    async def _discard(self, peer: str, body: bytes) -> msgspec.Struct:
-        about = msgspec.json.decode(body, type=model.About)
-        # Also one that has only begun, and has not shown itself among the lives yet.
-        if (building := self._preparing.get(about.pid)) is not None and not building.done():
-            building.cancel()
-            await asyncio.gather(building, return_exceptions=True)
-        life = self.lives.get(about.uuid)
-        if life is None or life.body.peer != peer or life.body.pid != about.pid:
-            return model.Answer("")
-        if isinstance(life, Standby):
-            await life.discard()
-        elif life.body.state not in model.VOID_STATES:
-            return model.Answer("")
-        else:
-            self.site.markers.forget(about.uuid)
-            await self.site.store.delete(about.uuid)
-        self._gone(life)
-        return model.Answer("")
-
-    async def _switch(self, peer: str, body: bytes) -> msgspec.Struct:
-        about = msgspec.json.decode(body, type=model.About)
-        life = self.lives.get(about.uuid)
-        if life is None or life.body.pid != about.pid or not isinstance(life, Primary):
-            raise NotFound("no-such-instance", f"{self.site.config.name} does not lead this instance of {about.domain}")
-        leader = life
-
-        async def work(job: JobHandle) -> str:
-            return await leader.switch(job.step)
-
-        job = self.jobs.start("failover", leader.body.domain, work, f"switch-{about.pid}-{about.detail}")
-        while job.state == "running":
-            job = await self.jobs.wait(job.id, 5.0)
-        if job.error is not None:
-            api.raise_error(job.error)
-        return model.Answer("taken", about.g)
 
     # ---- libvirt's events, and protecting again ----
 
