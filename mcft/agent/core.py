@@ -16,7 +16,7 @@ from mcft.agent.hook import boot_id
 from mcft.agent.jobs import JobHandle, Jobs
 from mcft.agent.peerverbs import PeerVerbs
 from mcft.agent.protection import Primary
-from mcft.agent.site import Life, Site, log
+from mcft.agent.site import Life, Site, log, stored_ledger
 from mcft.agent.standby import Standby
 from mcft.diskreplica import Disk
 from mcft.errors import Failed, McftError, NotFound, Refused, Unreachable, Usage
@@ -52,11 +52,7 @@ class Core:
             await self._load_one(msgspec.json.decode(stored.body, type=model.Body))
 
     async def _load_one(self, body: model.Body) -> None:
-        kinds = await self.site.store.records(body.uuid, body.pid)
-        side: generations.Side = "standby" if any(r.side == "standby" for r in kinds) else "primary"
-        if not kinds:
-            side = body.role
-        ledger = Ledger.load(body.pid, side, body.g, [(r.g, r.kind) for r in kinds if r.side == side])
+        ledger = await stored_ledger(self.site.store, body)
         life = self.alive(body, ledger)
         if body.links and ledger.newest not in (Kind.LOST, Kind.ENDED, Kind.GIVEN_UP) and not ledger.won:
             self.site.route_users.setdefault(body.links[0].peer, set()).add(body.uuid)

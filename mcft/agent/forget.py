@@ -2,7 +2,8 @@
 
 It asks nobody, so it is the operator's word that no other copy runs. Everything of mcft's that this host holds of the
 domain goes: gate, filters, nodes, monitor, route, start ban, records; the guest, if it leads here, goes on. The
-generation is kept, so that a later protection still counts on.
+generation is kept, so that a later protection still counts on. A take-over's overlays are the guest's newest data: they
+are committed first, and where that can't be, nothing is removed.
 """
 
 from __future__ import annotations
@@ -17,20 +18,23 @@ import msgspec
 
 from mcft import config as configuration
 from mcft import diskreplica, filterbuffer, streams
-from mcft.agent import model, network
+from mcft.agent import model, network, overlays
 from mcft.agent.gates import unit
 from mcft.agent.hook import Markers
 from mcft.agent.process import run
+from mcft.agent.site import stored_ledger
 from mcft.agent.store import Store
 from mcft.diskreplica import Disk
 from mcft.engines.colo import Colo
-from mcft.errors import Failed, McftError, NotFound
+from mcft.errors import Failed, McftError, NotFound, Refused
 from mcft.gate import state as gate_state
+from mcft.generations import Kind, Ledger
 from mcft.libvirt_bridge import DomainInfo, LibvirtHost
 from mcft.monitor import Monitor, MonitorGone
 from mcft.qmp_passthrough import Qmp, remove_monitor
 
 AGENT = "mcft-agent.service"
+COMMIT_S = 60.0
 
 
 def forget_local(domain: str) -> list[str]:
@@ -56,32 +60,59 @@ async def _forget(config: configuration.Config, domain: str) -> list[str]:
     report = _Report()
     await report.do("stop the agent for the moment", lambda: run("systemctl", "stop", AGENT))
     try:
-        body = await _stored(config, domain)
+        body, ledger = await _stored(config, domain)
         host = LibvirtHost(config.libvirt_uri)
         await host.start()
         info = await host.find(body.uuid if body else domain)
         if body is None and info is None:
             raise NotFound("no-such-domain", f"neither libvirt nor mcft knows '{domain}' on this host")
         uuid = body.uuid if body else info.uuid if info else ""
+        if body is not None:
+            _refuse_half_taken(body, ledger)
+            if body.overlays_g and ledger.spoken:
+                await _keep_overlays(host, body, info)
+                report.lines.append("done: commit the overlays of the take-over")
         await _end_gate(config, uuid, report)
         if info is not None and info.running:
-            await _clean_domain(config, host, info, body, report)
+            await _clean_domain(config, host, info, body, report, leads=ledger.spoken)
         await _clean_host(config, uuid, body, report)
     finally:
         await report.do("start the agent again", lambda: run("systemctl", "start", AGENT))
     return report.lines
 
 
-async def _stored(config: configuration.Config, domain: str) -> model.Body | None:
+def _refuse_half_taken(body: model.Body, ledger: Ledger) -> None:
+    """Raises: Refused ("taking-over"): won, not resumed yet. Its memory is in a QEMU that only the agent can let go on."""
+    if ledger.newest is Kind.TAKEN and not ledger.spoken and not ledger.resigned_win:
+        raise Refused(
+            "taking-over", f"{body.domain} is being taken over here, and its newest state is in that copy alone",
+            "only the agent can finish it", f"systemctl start {AGENT}, then mcft wait {body.domain} --for active",
+        )  # fmt: skip
+
+
+async def _keep_overlays(host: LibvirtHost, body: model.Body, info: DomainInfo | None) -> None:
+    """Raises: Failed if a take-over's overlays can't be committed: without them the disk alone is an older one."""
+    if info is not None and info.running:
+        qmp = Qmp(host, info.uuid)
+        await overlays.await_committed(qmp, body.disks, COMMIT_S)
+        await diskreplica.drop_overlays(qmp, body.disks, body.overlays_g)
+    else:
+        await overlays.commit_files(body.disks, body.overlays_g)
+
+
+async def _stored(config: configuration.Config, domain: str) -> tuple[model.Body | None, Ledger]:
+    """What is written down of it; an unreadable store is as if there were nothing."""
+    nothing = Ledger("", "primary", 0)
     try:
         store = await Store.open(os.path.join(config.state_dir, "mcft.db"))
     except McftError:
-        return None
+        return None, nothing
     try:
         for stored in await store.load():
             if domain in (stored.domain, stored.uuid):
-                return msgspec.json.decode(stored.body, type=model.Body)
-        return None
+                body = msgspec.json.decode(stored.body, type=model.Body)
+                return body, await stored_ledger(store, body)
+        return None, nothing
     finally:
         await store.close()
 
@@ -98,14 +129,18 @@ def _monitor_path(config: configuration.Config, uuid: str) -> str:
 
 
 async def _clean_domain(
-    config: configuration.Config, host: LibvirtHost, info: DomainInfo, body: model.Body | None, report: _Report
+    config: configuration.Config, host: LibvirtHost, info: DomainInfo, body: model.Body | None, report: _Report, *, leads: bool
 ) -> None:
-    """A leading guest goes on without anything of mcft's; a following copy is ended."""
+    """A leading guest goes on without anything of mcft's; a following copy is ended. leads: it has taken over."""
     qmp, path = Qmp(host, info.uuid), _monitor_path(config, info.uuid)
     # QEMU's main loop may hang in a dead stream: libvirt's monitor would not answer, ours does out of band.
     await report.do("break the streams", lambda: asyncio.to_thread(_yank, path))
     graph = await diskreplica.nodes(qmp)
-    follows = body.role == "standby" if body else any(name.startswith("mcft-a-") for name in graph)
+    if body is not None:
+        follows = body.role == "standby" and not leads
+    else:  # nothing is written down: a copy has overlays, and waits; one that took over runs
+        runs = (await qmp.execute("query-status"))["status"] == "running"
+        follows = any(name.startswith("mcft-a-") for name in graph) and not runs
     if follows:
         await report.do("end the standby's copy", lambda: host.destroy(info.uuid))
         return

@@ -14,14 +14,13 @@ from typing import Any, TypeVar
 import msgspec
 
 from mcft import __version__, diskreplica, generations, streams
-from mcft.agent import hook, model, network
+from mcft.agent import hook, model, network, overlays
 from mcft.agent.events import EventLog
 from mcft.agent.events import utc_now as utc_now
 from mcft.agent.gates import GateLink
 from mcft.agent.jobs import Jobs
 from mcft.agent.peers import PeerLink
 from mcft.agent.ports import Ports
-from mcft.agent.process import run
 from mcft.agent.steps import Runner
 from mcft.agent.store import Store
 from mcft.config import Config
@@ -278,12 +277,11 @@ class Life:
         if not self.qemu_alive():
             await self.look()
             return
-        deadline_ms = boottime_ms() + COMMIT_DEADLINE_S * 1000
-        while not await diskreplica.committed(self.qmp, self.body.disks):
-            if boottime_ms() > deadline_ms:
-                self.event("alarm", "the overlays are not committed after 10 minutes; the disk alone is not the truth", "alarm")
-                return
-            await asyncio.sleep(0.1)
+        try:
+            await overlays.await_committed(self.qmp, self.body.disks, COMMIT_DEADLINE_S)
+        except Failed as error:
+            self.event("alarm", str(error), "alarm")
+            return
         await diskreplica.drop_overlays(self.qmp, self.body.disks, self.body.g)
         self.body.overlays_g = 0
         self._label()
@@ -298,17 +296,8 @@ class Life:
         self.event("take-over", "the overlays are committed; nothing of the take-over is left in the domain")
 
     async def commit_offline(self) -> None:
-        """The guest ended before QEMU had committed its overlays: the disk alone is wrong; make the chain one again.
-
-        qemu-img: `rebase -u` names each backing file (QEMU was given them by node), `commit -d` writes through.
-        """
-        for disk in self.body.disks:
-            active, hidden = (diskreplica.overlay_path(disk, layer, self.body.overlays_g) for layer in diskreplica.OVERLAYS)
-            if os.path.exists(active):
-                await run("qemu-img", "rebase", "-u", "-f", "qcow2", "-b", disk.path, "-F", disk.format, hidden, timeout_s=60)
-                await run("qemu-img", "rebase", "-u", "-f", "qcow2", "-b", hidden, "-F", "qcow2", active, timeout_s=60)
-                await run("qemu-img", "commit", "-q", "-d", "-b", disk.path, active, timeout_s=3600)
-        diskreplica.remove_overlay_files(self.body.disks, self.body.overlays_g)
+        """The guest ended before QEMU had committed its overlays: the disk alone is wrong."""
+        await overlays.commit_files(self.body.disks, self.body.overlays_g)
         self.body.overlays_g = 0
         self._label()
         self.site.markers.free(self.body.uuid)
@@ -341,3 +330,12 @@ def peer_ledger(records: model.Records) -> Ledger:
     """A peer's answer as a ledger of its side."""
     side: Side = "primary" if records.role == "primary" else "standby"
     return Ledger.load(records.pid, side, records.g, [(g, kind) for s, g, kind in records.records if s == side])
+
+
+async def stored_ledger(store: Store, body: model.Body) -> Ledger:
+    """What this host has written down of that instance. A standby that took over keeps its side's ledger."""
+    rows = await store.records(body.uuid, body.pid)
+    side: Side = "standby" if any(row.side == "standby" for row in rows) else "primary"
+    if not rows:
+        side = body.role
+    return Ledger.load(body.pid, side, body.g, [(row.g, row.kind) for row in rows if row.side == side])
