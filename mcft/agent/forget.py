@@ -172,15 +172,15 @@ def _yank(path: str) -> None:
     assert monitor.sock is not None
     monitor.sock.setblocking(True)
     monitor.sock.settimeout(2.0)
-    monitor.send("query-yank", on_reply=lambda reply: instances.extend(reply.get("return", [])))
-    instances: list[dict[str, Any]] = []
-    for _ in range(2):
+    answers: list[dict[str, Any]] = []
+    monitor.send("query-yank", on_reply=answers.append)
+    while not answers:
         for message in monitor.receive():
             monitor.dispatch(message, 0.0)
-        ours = [i for i in instances if i["type"] == "migration" or i.get("node-name", "").startswith("mcft-")]
-        if ours:
-            monitor.send("yank", {"instances": ours}, lambda _reply: None, oob=True)
-            break
+    instances = answers[0].get("return", [])
+    ours = [i for i in instances if i["type"] == "migration" or i.get("node-name", "").startswith("mcft-")]
+    if ours:
+        monitor.send("yank", {"instances": ours}, lambda _reply: None, oob=True)
     monitor.close()
 
 
