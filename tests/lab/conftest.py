@@ -90,9 +90,21 @@ def _journal(host: world.Host) -> str:
             f"--since -{since_s:.0f}s",
             check=False,
         )
-        return f"{host.status()}\n{said}"
+        return f"{host.status()}\n{said}{_threads(host)}"
     except Exception as error:
         return f"its journal can't be read: {error}"
+
+
+def _threads(host: world.Host) -> str:
+    """In what each thread of vm1's QEMU waits: a stalled checkpoint stream shows there, and nowhere else."""
+    root, pid = host.root, host.qemu_pid()
+    if root is None or pid is None:
+        return "vm1 has no QEMU here"
+    lines = []
+    for task in sorted((root / f"proc/{pid}/task").iterdir()):
+        name, wchan, syscall = ((task / what).read_text().strip() for what in ("comm", "wchan", "syscall"))
+        lines.append(f"{task.name} {name}: {wchan} {syscall}")
+    return "\n".join(lines)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
