@@ -268,6 +268,11 @@ MUTANTS = [
     ),
     # ---- the gate's process ----
     Mutant(
+        "a copy whose load is late is not woken", "mcft/gate/standby.py",
+        "            self._wake()\n", "            pass\n",
+        "gate.py::test_a_standby_whose_load_is_late_is_woken_again_and_again",
+    ),
+    Mutant(
         "a standby forgets what it echoed to an unproven process", "mcft/gate/standby.py",
         "            heard_ms = self.gate.session.peer_heard_ms if proven else now_ms\n",
         "            heard_ms = self.gate.session.peer_heard_ms\n",

@@ -226,7 +226,7 @@ class Setup(Life):
         await self._stream_lives()
 
     async def _tell_stall(self) -> None:
-        """For the log: seen about once in 200 set-ups under load, cause unknown; what each part was at then."""
+        """For the log: what each part was at then."""
         try:
             gate = await self.gate.ask("status", 2.0)
             questions = ("query-status", "query-migrate", "query-colo-status")

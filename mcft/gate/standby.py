@@ -20,6 +20,7 @@ ANNOUNCE = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
 TAKE_DEADLINE_MS = 10000.0
 EXIT_EVENT_MS = 1000.0
 STREAM_END_MS = 5000.0
+WAKE_AFTER_MS = 100.0  # behind the delay: a checkpoint's own pause is shorter on a link that is fit for it
 
 
 class Standby:
@@ -34,7 +35,7 @@ class Standby:
         self._following = gate.state.record in ("preparing", "armed")
         self._armed_echo_ms = float("-inf")  # when the newest keepalive that we answered with `armed` had arrived
         self._no_echo_until_ms = float("-inf")
-        self._took = self._flushed = self._exited = False
+        self._took = self._flushed = self._exited = self._waking = False
         self._timing: dict[str, float] = {}
 
     def started(self) -> None:
@@ -82,6 +83,25 @@ class Standby:
             proven = self.gate.session.peer_counter and not self.gate.session.echoes_newcomer
             heard_ms = self.gate.session.peer_heard_ms if proven else now_ms
             self._armed_echo_ms = max(self._armed_echo_ms, heard_ms)
+        if self._following and now_ms - self._load_ms > state.delay_ms + WAKE_AFTER_MS:
+            self._wake()
+
+    def _wake(self) -> None:
+        """A load is late: perhaps this QEMU's main loop sleeps on a request that has come. Any command wakes it.
+
+        QEMU 11.1: when a checkpoint begins, the COLO thread stops the guest and drains the disks, polling the main loop's
+        sockets itself. What it takes up there is sometimes lost for the main loop, which goes on sleeping in a set of
+        sockets without the NBD export's. A frozen standby has nothing else that would wake it; the primary waits for
+        its write, and the stream stands. Seen about once in some thousand checkpoints; a command ended it at once.
+        """
+        if self._waking or self.gate.monitor.sock is None:
+            return
+
+        def woken(_replies: list[Message]) -> None:
+            self._waking = False
+
+        self._waking = True
+        self.gate.send_commands(Commands([("query-status", {})]), woken)
 
     def obey(self, verdict: Verdict, now_ms: float) -> None:
         """A claim: from now on we no longer say armed, whatever comes, until the agent withdraws it."""

@@ -344,6 +344,31 @@ def test_what_the_gate_saw_itself_is_not_told_again(primary: GateLab) -> None:
 # ---- standby ----
 
 
+def test_a_standby_whose_load_is_late_is_woken_again_and_again(standby: GateLab) -> None:
+    """Fails if QEMU's main loop may sleep on a request that has come, or if a hung one is asked without end."""
+    standby.start()
+    standby.qmp.event("RESUME", "running")
+    until(lambda: len(standby.qmp.sent("query-status")) >= 2, "woken, and woken again")
+    standby.qmp.hold_replies.add("query-status")
+    standby.qmp.event("RESUME", "running")
+    until(lambda: len(standby.qmp.sent("stop")) == 2)
+    asked = len(standby.qmp.sent("query-status"))
+    counter = standby.peer.session.peer_counter
+    until(lambda: standby.peer.session.peer_counter > counter + 8)
+    assert len(standby.qmp.sent("query-status")) <= asked + 1
+
+
+def test_a_copy_that_took_over_is_not_woken(standby: GateLab) -> None:
+    """Fails if the waking goes on behind a take-over: a guest of its own needs none."""
+    agent = standby.start()
+    agent.ask("update", record="taken")
+    agent.ask("take", peer_closed=True)
+    asked = len(standby.qmp.sent("query-status"))
+    counter = standby.peer.session.peer_counter
+    until(lambda: standby.peer.session.peer_counter > counter + 8)
+    assert len(standby.qmp.sent("query-status")) == asked
+
+
 def test_standby_stops_the_guest_after_each_load(standby: GateLab) -> None:
     agent = standby.start()
     standby.qmp.event("RESUME", "running")
@@ -612,7 +637,7 @@ class Lease(RuleBasedStateMachine):
     @rule()
     def restart_standby(self) -> None:
         self.session = Session(self.key, self.pid)
-        gate = SimpleNamespace(state=self.state, session=self.session, persist=lambda: None)
+        gate = SimpleNamespace(state=self.state, session=self.session, persist=lambda: None, monitor=SimpleNamespace(sock=None))
         self.standby = Standby(cast(Gate, gate))
         self.standby.started()
 
