@@ -7,6 +7,7 @@ know, its agent answers (`checkpeer.py`). Findings stand in the order in which `
 from __future__ import annotations
 
 import asyncio
+import os
 import secrets
 import time
 import xml.etree.ElementTree as ET
@@ -280,16 +281,17 @@ class Checker:
                 "no-kvm", f"{domain} runs without KVM", "what a standby executed just before a loss may be stale",
                 "use KVM for what matters",
             )  # fmt: skip
-        models = {label.get("model", "") for label in root.iterfind("./seclabel")} & {"apparmor", "selinux"}
-        if models:
-            why = "the policy may deny QEMU the overlays that mcft makes beside the disks"
-            says = f"QEMU is confined by {', '.join(models)}, with which mcft was not tried"
-            self.findings.warn("confinement", says, why, "if protect fails, look at the audit log")
+        self._see_confinement(life, root)
         if self.config.arbiter == "standby":
             self.findings.warn(
                 "arbiter", f"if {self.peer} dies, {domain} is unreachable until `mcft solo {domain}`",
                 "the arbiter is 'standby': the primary can't tell a dead standby from a cut",
             )  # fmt: skip
+
+    def _see_confinement(self, life: Primary, root: ET.Element) -> None:
+        paths = [life.body.disk_paths.get(disk.target, disk.path) for disk in life.body.disks]
+        for says, why, so in confinement(root, paths, self.peer):
+            self.findings.warn("confinement", says, why, so)
 
     async def _predict(self, life: Primary) -> api.Prediction:
         address = self.config.peers[self.peer].addresses[0]
@@ -310,6 +312,21 @@ def clock_skew(before_s: float, after_s: float, theirs_s: float) -> float:
     if before_s <= theirs_s <= after_s:
         return 0.0
     return theirs_s - after_s if theirs_s > after_s else theirs_s - before_s
+
+
+def confinement(root: ET.Element, disks: list[str], peer: str) -> list[tuple[str, str, str]]:
+    """(what, why, what to do) for what a policy may deny QEMU there: libvirt's profile of a domain names its disks only."""
+    models = {label.get("model", "") for label in root.iterfind("./seclabel")}
+    paths = sorted({f"{os.path.dirname(disk)}/*.mcft-*" for disk in disks})
+    found = []
+    if "apparmor" in models:
+        says = f"AppArmor would deny QEMU on {peer} what mcft makes beside the disks: {', '.join(paths)}"
+        so = f"there, in /etc/apparmor.d/local/abstractions/libvirt-qemu: {' '.join(f'{path} rwk,' for path in paths)}"
+        found.append((says, "libvirt's profile of a domain names its disks only", so))
+    if "selinux" in models:
+        says = f"SELinux confines QEMU, with which mcft was not tried: on {peer} it opens {', '.join(paths)}"
+        found.append((says, "they get the label of their disk", "if protect fails there, look at the audit log"))
+    return found
 
 
 def cpu_warning(root: ET.Element, ours: tuple[str, str], theirs: tuple[str, str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 from typing import Any
@@ -20,6 +21,8 @@ from mcft.generations import Kind
 from mcft.libvirt_bridge import DomainInfo
 from mcft.qmp_passthrough import add_monitor
 from mcft.streams import Endpoint
+
+SELINUX = "security.selinux"
 
 
 class Copy(Life):
@@ -187,6 +190,7 @@ class Copy(Life):
                     os.unlink(path)
                 await run("qemu-img", "create", "-q", "-f", "qcow2", path, str(disk.size_bytes))
                 os.chown(path, owner.st_uid, owner.st_gid)
+                _label_like(disk.path, path)
         address = self.site.config.listen_addresses[0]
         self.body.nbd_port = self.site.ports.take(address, udp=False)
         await diskreplica.prepare_secondary(self.qmp, found, self.body.g, self._here(self.body.nbd_port))
@@ -209,6 +213,12 @@ class Copy(Life):
     async def _listen(self) -> None:
         self.body.mig_port = self.site.ports.take(self.site.config.listen_addresses[0], udp=False)
         await self.engine.listen(self.qmp, self._here(self.body.mig_port))
+
+
+def _label_like(disk: str, overlay: str) -> None:
+    """SELinux: libvirt labels a domain's disks for its QEMU alone, and does not know the overlay beside them."""
+    with contextlib.suppress(OSError):  # no SELinux, or a file system without labels
+        os.setxattr(overlay, SELINUX, os.getxattr(disk, SELINUX))
 
 
 def make_body(request: model.Prepare, config: Any, peer: str) -> model.Body:

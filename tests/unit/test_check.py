@@ -275,3 +275,11 @@ def test_only_roots_own_qemu_is_started_to_be_asked(tmp_path: Path) -> None:
     mine.chmod(0o777)
     assert not qemuprobe.trustworthy(str(mine)) and not qemuprobe.trustworthy("relative") and not qemuprobe.trustworthy("")
     assert qemuprobe.trustworthy("/bin/sh")
+
+
+@pytest.mark.parametrize(("model", "says"), [("apparmor", "/d/*.mcft-* rwk,"), ("selinux", "audit log"), ("dac", "")])
+def test_what_a_policy_would_deny_is_named(model: str, says: str) -> None:
+    """Fails if an operator with AppArmor or SELinux learns of the overlays by a denied `protect` only."""
+    root = ET.fromstring(f"<domain><seclabel type='dynamic' model='{model}'/></domain>")
+    found = check.confinement(root, ["/d/vm1.img", "/d/vm1.data"], "host2")
+    assert [says in " ".join(finding) and "host2" in finding[0] for finding in found] == ([True] if says else [])
