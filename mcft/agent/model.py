@@ -67,13 +67,14 @@ class Body(msgspec.Struct):
 
 
 class Hello(msgspec.Struct, frozen=True):
-    """Who an agent is. boot_id: of its host."""
+    """Who an agent is. boot_id: of its host; maintenance: nothing is protected to it or from it."""
 
     host: str = ""
     mcft: str = ""
     qemu: str = ""
     libvirt: str = ""
     boot_id: str = ""
+    maintenance: bool = False
 
 
 class About(msgspec.Struct, frozen=True):
@@ -103,6 +104,7 @@ class Records(msgspec.Struct, frozen=True):
     qemu_alive: bool = False
     protections: int = 0
     copy_lost: bool = False  # the standby's QEMU was gone before it was asked to give up
+    maintenance: bool = False
 
 
 class Prepare(msgspec.Struct, frozen=True):

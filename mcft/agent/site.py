@@ -54,6 +54,7 @@ class Site:
     runner: Runner = field(default_factory=Runner)
     maintenance: bool = False
     route_users: dict[str, set[str]] = field(default_factory=dict)  # peer's address → uuids that want `quickack`
+    committing: dict[str, asyncio.Lock] = field(default_factory=dict)  # uuid → its overlays are being committed offline
     routes_changed: set[str] = field(default_factory=set)  # those that had no `quickack` before mcft set it
     _tasks: set[asyncio.Task[Any]] = field(default_factory=set)
 
@@ -296,7 +297,12 @@ class Life:
         self.event("take-over", "the overlays are committed; nothing of the take-over is left in the domain")
 
     async def commit_offline(self) -> None:
-        """The guest ended before QEMU had committed its overlays: the disk alone is wrong."""
+        """The guest ended before QEMU had committed its overlays: the disk alone is wrong. Asked twice, it is done once."""
+        async with self.site.committing.setdefault(self.body.uuid, asyncio.Lock()):
+            if self.body.overlays_g:
+                await self._commit_offline()
+
+    async def _commit_offline(self) -> None:
         await overlays.commit_files(self.body.disks, self.body.overlays_g)
         self.body.overlays_g = 0
         self._label()

@@ -180,6 +180,21 @@ class Standby(Copy):
         await self.save()
         await self._settle()
 
+    async def take_cold(self, why: str) -> None:
+        """The operator's word that this copy's disk is the truth now, its memory being lost: it may be started here.
+
+        Raises: Refused if this copy's records forbid it (a copy that saw a disk error never takes over).
+        """
+        if self.ledger.newest is not Kind.ARMED or self.qemu_alive():
+            why_not = generations.may_take(self.ledger)
+            raise Refused("not-startable", f"the copy of {self.body.domain} here can't be started", why_not)
+        await self.stop_deciding()
+        self.body.manual = why
+        await self.record(Kind.TAKEN, detail=why)
+        await self.record(Kind.SPOKEN, self.body.g + 1)
+        self.to_state("stopped", why)
+        await self._settle()
+
     async def _settle(self) -> None:
         """After the guest talks again: persistent here, startable here, overlays committed, libvirt's graph as it was."""
         xml = domainxml.moved(self.body.xml, self.body.disk_paths)
@@ -192,8 +207,10 @@ class Standby(Copy):
             await self.on_active(self)
         if self.qemu_alive():
             await self.commit_online()
-        else:
-            await self.look()
+            return
+        await self.look()
+        if not self.body.overlays_g:
+            self.site.markers.free(self.body.uuid)
 
     async def _give_back(self, why: str) -> None:
         """A win whose guest can't run, and that was never spoken: the other side takes it up."""
