@@ -54,6 +54,8 @@ class Core:
     async def _load_one(self, body: model.Body) -> None:
         ledger = await stored_ledger(self.site.store, body)
         life = self.alive(body, ledger)
+        if ledger.records:
+            life.label()  # a power loss may have taken the newest label, never the record before it
         if body.links and ledger.newest not in (Kind.LOST, Kind.ENDED, Kind.GIVEN_UP) and not ledger.won:
             self.site.route_users.setdefault(body.links[0].peer, set()).add(body.uuid)
         if body.route_changed and body.links:

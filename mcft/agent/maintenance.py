@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import secrets
 from typing import TYPE_CHECKING
 
@@ -124,7 +125,10 @@ async def _let_go(core: Core, life: Life, job: JobHandle) -> str:
     await core.site.ask(body.peer, "go-alone", asked, model.Answer, GO_ALONE_S)
     try:
         async with asyncio.timeout(LET_GO_S):
-            while life.qemu_alive() or (core.lives.get(body.uuid) is life and body.state not in model.VOID_STATES):
+            # Its gate goes last: after that the end is written down as well, and this host may go down.
+            while life.qemu_alive() or body.state not in model.VOID_STATES or os.path.exists(life.gate.state_path):
+                if core.lives.get(body.uuid) is not life:
+                    break
                 await asyncio.sleep(0.05)
     except TimeoutError:
         raise Failed("copy-stays", f"{body.peer} let go of its copy here, but that does not end", body.reason) from None

@@ -100,6 +100,7 @@ class Primary(Deciding):
     async def go_alone(self, why: str) -> None:
         """The standby's host asked for it, and is protected to again by itself later. Raises: Refused, TimedOut (muted)."""
         if not self.ledger.won and self.ledger.newest in UNDECIDED:
+            self.body.quick_return = True
             await self._let_go(why)
 
     async def override(self, why: str) -> None:

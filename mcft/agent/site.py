@@ -140,12 +140,12 @@ class Life:
             )
             self.ledger.append(kind, g)
             try:
-                self._label()
+                self.label()
             except OSError as error:
                 # Labels are recomputed from the records; a full disk must not stop a decision.
                 log.error("%s: the disks' labels could not be written: %s", self.body.domain, error)
 
-    def _label(self) -> None:
+    def label(self) -> None:
         """The disks' labels, recomputed from the records: small files, readable without the agent."""
         primary = self.ledger if self.ledger.side == "primary" else None
         standby = self.ledger if self.ledger.side == "standby" else None
@@ -285,7 +285,7 @@ class Life:
             return
         await diskreplica.drop_overlays(self.qmp, self.body.disks, self.body.g)
         self.body.overlays_g = 0
-        self._label()
+        self.label()
         # Only now: before, a guest that is started on the disk alone would see an older one.
         self.site.markers.free(self.body.uuid)
         await self.save()
@@ -305,7 +305,7 @@ class Life:
     async def _commit_offline(self) -> None:
         await overlays.commit_files(self.body.disks, self.body.overlays_g)
         self.body.overlays_g = 0
-        self._label()
+        self.label()
         self.site.markers.free(self.body.uuid)
         await self.save()
         self.event("disk", "the overlays of the take-over were committed offline; the disk alone is the truth now")

@@ -201,7 +201,7 @@ class Standby(Copy):
         await self.site.host.define(xml)
         if self.body.autostart:
             await self.site.host.set_autostart(self.body.uuid, True)
-        self._label()
+        self.label()
         await self.save()
         if self.on_active is not None:
             await self.on_active(self)
@@ -246,7 +246,7 @@ class Standby(Copy):
         if self.cut_off:
             # Its primary waits in vain for this agent's answer; there may be no gate, monitor or QEMU to adopt.
             await self.site.runner.undo_all(self.steps(), self)
-        elif newest is Kind.TAKEN:
+        elif newest is Kind.TAKEN and not self.ledger.resigned_win:
             self.carry_through(self.go_on, f"go on with {self.body.domain}")
         elif newest in (Kind.PREPARING, Kind.ARMED) and self.qemu_alive():
             await self.gate.adopt()
@@ -255,10 +255,19 @@ class Standby(Copy):
                 self.to_state("protected")
                 await self.save()
         else:
-            # armed(g) is void with its QEMU; what becomes of it is the primary's to ask.
-            if newest in (Kind.PREPARING, Kind.ARMED):
-                self.to_state("lost", "the copy here is gone (this host or its QEMU was restarted)")
+            self._say_how_it_ended()
             await self._clean_up()
+
+    def _say_how_it_ended(self) -> None:
+        """The record is what counts: the agent may have ended before it kept the state that follows from it."""
+        newest = self.ledger.newest
+        if newest in (Kind.PREPARING, Kind.ARMED):
+            # armed(g) is void with its QEMU; what becomes of it is the primary's to ask.
+            self.to_state("lost", "the copy here is gone (this host or its QEMU was restarted)")
+        elif self.body.state not in model.VOID_STATES and newest is Kind.ENDED:
+            self.to_state("stopped", "the guest was ended")
+        elif self.body.state not in model.VOID_STATES:
+            self.to_state("lost", f"its newest record is {newest.value}" if newest else "")
 
 
 def _timing(timing_ms: dict[str, float]) -> str:

@@ -1,0 +1,102 @@
+"""Both hosts lost power. `mcft start`, on either of them: where vm1 belongs, or what is not known yet."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+from world import H1, H2, Host, guest_answers, lab, other, protect, until
+
+
+def redis(*words: str) -> str:
+    return lab("run", "cl", "--", "redis-cli", "-t", "3", "-h", "vm1", *words).stdout.strip()
+
+
+def back(host: Host) -> None:
+    host.power_on()
+    until(host.answers, 20, f"{host}: the agent answers")
+
+
+def start(host: Host, *more: str) -> subprocess.CompletedProcess[str]:
+    return host.mcft("start", "vm1", *more, check=False)
+
+
+def refused(host: Host) -> None:
+    """4, with what is known and unknown; nothing runs, and `--peer-is-off` is no way round it."""
+    done = start(host)
+    assert done.returncode == 4, done
+    for said in ("Known:", "Unknown:", other(host).name, "--accept-lost-data"):
+        assert said in done.stderr, (said, done)
+    if host is H1:
+        assert H1.mcft("solo", "vm1", "--peer-is-off", "--yes", check=False).returncode == 4
+    assert host.qemu_pid() is None
+
+
+def both_off() -> None:
+    """The standby first: the other way round it would take over."""
+    H2.power_off()
+    H1.power_off()
+
+
+@pytest.mark.parametrize("first", [H1, H2], ids=str)
+def test_neither_went_on(first: Host) -> None:
+    """The first one back can't know that; with both back its primary starts, from either host, and is protected again.
+
+    Fails if the standby's host starts its copy, if one host alone decides, or if a second `start` starts a second vm1.
+    """
+    protect(H1)
+    both_off()
+    back(first)
+    refused(first)
+    back(other(first))
+    done = start(first)
+    assert done.returncode == 0 and "vm1 runs on host1" in done.stdout, done
+    assert H1.qemu_pid() is not None
+    for host in (H1, H2):
+        said = start(host)
+        assert said.returncode == 0 and "already runs on host1" in said.stdout, said
+    H1.await_state("protected", timeout=60)
+    until(guest_answers, 30, "the guest answers")
+
+
+def test_the_standby_had_taken_over() -> None:
+    """Its generation is the newer one: it starts there, with what was written there, though `start` is typed on host1.
+
+    Fails if host1 starts its stale disk, or if host2 starts its disk without the overlays of its take-over.
+    """
+    protect(H1)
+    H1.power_off()
+    H2.await_state("active")
+    assert redis("set", "after-take-over", "yes") == "OK"
+    H2.power_off()
+    back(H1)
+    refused(H1)
+    back(H2)
+    done = start(H1)
+    assert done.returncode == 0 and "vm1 runs on host2" in done.stdout, done
+    assert H1.qemu_pid() is None
+    H1.await_lost()
+    until(guest_answers, 60, "the guest answers")
+    assert until(lambda: redis("get", "after-take-over") or "", 20, "redis answers") == "yes"
+
+
+@pytest.mark.parametrize("survivor", [H1, H2], ids=str)
+def test_the_other_host_is_gone_for_good(survivor: Host) -> None:
+    """The operator accepts that data may be lost; should the other return after all, it starts nothing and gives way.
+
+    Fails if it starts without that word, or if it is protected by itself after it.
+    """
+    protect(H1)
+    both_off()
+    back(survivor)
+    refused(survivor)
+    assert start(survivor, "--accept-lost-data").returncode == 2, "it must ask, and there is no terminal"
+    done = start(survivor, "--accept-lost-data", "--yes")
+    assert done.returncode == 0 and f"vm1 runs on {survivor.name}" in done.stdout, done
+    assert survivor.qemu_pid() is not None
+    back(other(survivor))
+    other(survivor).await_state("lost")
+    assert other(survivor).qemu_pid() is None
+    assert survivor.status()["state"] == "unprotected", survivor.status()
+    said = start(other(survivor))
+    assert said.returncode == 0 and f"already runs on {survivor.name}" in said.stdout, said
