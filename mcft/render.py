@@ -55,8 +55,8 @@ def status_text(status: api.Status) -> str:
 
 
 def _maintenance(host: str) -> str:
-    text = f"{host} is in MAINTENANCE: nothing is protected from it or to it. To end it: mcft maintenance off"
-    return click.style(textwrap.fill(text, WIDTH), fg="yellow", bold=True)
+    text = f"{host} is in MAINTENANCE: nothing is protected from it or to it.\nTo end it: mcft maintenance off"
+    return click.style(text, fg="yellow", bold=True)
 
 
 def protection_text(host: str, p: api.Protection) -> str:

@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import msgspec
 
 from mcft import api, generations
 from mcft.agent import domainxml, model
 from mcft.agent.jobs import JobHandle
-from mcft.agent.site import peer_ledger
-from mcft.agent.standby import Standby
+from mcft.agent.model import peer_ledger
 from mcft.errors import Failed, McftError, NotFound, Refused, TimedOut
 from mcft.generations import Kind
 
 if TYPE_CHECKING:  # so that it can be tested without libvirt
     from mcft.agent.core import Core
     from mcft.agent.site import Life
+    from mcft.agent.standby import Standby
 
 ASK_S = 5.0
 SETTLED_WITHIN_S = 20.0
@@ -142,7 +142,8 @@ class ColdStart:
     async def _by_the_operators_word(self) -> None:
         """Raises: Refused without that word."""
         life = self.life
-        if isinstance(life, Standby) and life.qemu_alive():
+        copy = cast("Standby", life) if life.body.role == "standby" else None
+        if copy is not None and copy.qemu_alive():
             raise Refused(
                 "copy-lives", f"the copy of {self.domain} on {self.host} lives, with its memory", self.silence,
                 f"mcft failover {self.domain}",
@@ -150,8 +151,8 @@ class ColdStart:
         if not self.accept_lost_data:
             raise self._nobody_knows()
         life.event("override", f"{ACCEPTED}; {self.peer}: {self.silence or 'has no records of it'}", "warning")
-        if isinstance(life, Standby):
-            await life.take_cold(ACCEPTED)
+        if copy is not None:
+            await copy.take_cold(ACCEPTED)
             return
         primary = self.core.as_primary(life)
         if primary.ledger.newest is Kind.ENDED:

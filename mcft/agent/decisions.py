@@ -12,8 +12,9 @@ from typing import Any
 
 from mcft import diskreplica, generations
 from mcft.agent import model
+from mcft.agent.model import peer_ledger
 from mcft.agent.setup import STANDBYS_SIDE, OnStep, Setup
-from mcft.agent.site import boottime_ms, log, peer_ledger
+from mcft.agent.site import boottime_ms, log
 from mcft.errors import Failed, McftError, TimedOut
 from mcft.generations import Kind
 

@@ -102,8 +102,8 @@ async def _leave(core: Core, life: Life, job: JobHandle) -> str:
     life, body = now, now.body
     if body.role == "standby":
         return await _let_go(core, life, job)
-    if body.state in ("lost", "stopped"):
-        return ""
+    if not life.qemu_alive():
+        return ""  # down, or not here any more
     if body.state != "protected":
         raise Refused(
             "not-movable", f"it is {body.state} here and has no standby to go to", body.reason,

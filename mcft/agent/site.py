@@ -332,12 +332,6 @@ class Life:
         await self.gate.let_go()
 
 
-def peer_ledger(records: model.Records) -> Ledger:
-    """A peer's answer as a ledger of its side."""
-    side: Side = "primary" if records.role == "primary" else "standby"
-    return Ledger.load(records.pid, side, records.g, [(g, kind) for s, g, kind in records.records if s == side])
-
-
 async def stored_ledger(store: Store, body: model.Body) -> Ledger:
     """What this host has written down of that instance. A standby that took over keeps its side's ledger."""
     rows = await store.records(body.uuid, body.pid)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import subprocess
 
 import pytest
-from world import H1, H2, Host, guest_answers, lab, other, protect, until
+from world import H1, H2, Host, lab, other, protect, until
 
 
 def redis(*words: str) -> str:
-    return lab("run", "cl", "--", "redis-cli", "-t", "3", "-h", "vm1", *words).stdout.strip()
+    return lab("run", "cl", "--", "redis-cli", "-t", "3", "-h", "vm1", *words, check=False).stdout.strip()
 
 
 def back(host: Host) -> None:
@@ -56,7 +56,6 @@ def test_neither_went_on(first: Host) -> None:
         said = start(host)
         assert said.returncode == 0 and "already runs on host1" in said.stdout, said
     H1.await_state("protected", timeout=60)
-    until(guest_answers, 30, "the guest answers")
 
 
 def test_the_standby_had_taken_over() -> None:
@@ -71,13 +70,14 @@ def test_the_standby_had_taken_over() -> None:
     H2.power_off()
     back(H1)
     refused(H1)
+    H1.mcft("maintenance", "on")  # protected to at once, the guest would boot three times as slowly
     back(H2)
     done = start(H1)
     assert done.returncode == 0 and "vm1 runs on host2" in done.stdout, done
     assert H1.qemu_pid() is None
     H1.await_lost()
-    until(guest_answers, 60, "the guest answers")
-    assert until(lambda: redis("get", "after-take-over") or "", 20, "redis answers") == "yes"
+    assert until(lambda: redis("get", "after-take-over"), 60, "redis answers") == "yes"
+    H1.mcft("maintenance", "off")
 
 
 @pytest.mark.parametrize("survivor", [H1, H2], ids=str)
