@@ -60,11 +60,9 @@ host_units() {
     ln -sf lab.target "$s/default.target"
     mkdir -p "$s/lab.target.wants" "$r/etc/systemd/journald.conf.d"
     printf '[Journal]\nStorage=volatile\nRateLimitBurst=0\n' > "$r/etc/systemd/journald.conf.d/lab.conf"
-    if [ -e "$s/mcft-agent.service" ]; then
-        ln -sf ../mcft-agent.service "$s/lab.target.wants/mcft-agent.service"
-    else
-        rm -f "$s/lab.target.wants/mcft-agent.service"
-    fi
+    for u in mcft-agent.service mcft-shutdown.service; do
+        if [ -e "$s/$u" ]; then ln -sf "../$u" "$s/lab.target.wants/$u"; else rm -f "$s/lab.target.wants/$u"; fi
+    done
 }
 
 # A fresh disk for a host: nothing of an earlier lab is left on it.
@@ -143,10 +141,22 @@ power_off() {
 
 no_loop() { [ -z "$(losetup -j "$1")" ]; }
 
+# What a host that shut itself down (`systemctl poweroff` in it) leaves, unlike one whose plug was pulled.
+host_went_down() {
+    local n=$1
+    [ -e "$STATE/$n/init" ] || return 0
+    rm -f "$STATE/$n/init"
+    net_host_down "$n"
+    is_host "$n" || return 0
+    umount "$STATE/$n/store"
+    wait_for 5 "the loop device of $n" no_loop "$(hdir "$n")/store.img" || :
+}
+
 power_on() {
     local n=$1
     [ -d "$STATE" ] || die "the lab is not up (lab/lab up)"
     if init_pid "$n" > /dev/null; then die "$n is on already"; fi
+    host_went_down "$n"
     net_host_up "$n"
     host_start "$n"
     host_ready "$n"

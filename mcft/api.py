@@ -146,9 +146,12 @@ class Protection(msgspec.Struct, frozen=True):
 
 
 class Status(msgspec.Struct, frozen=True):
+    """maintenance: nothing is protected from this host or to it until `mcft maintenance off`."""
+
     host: str
     protections: list[Protection] = []
     version: int = API_VERSION
+    maintenance: bool = False
 
 
 class Events(msgspec.Struct, frozen=True):
@@ -174,10 +177,22 @@ class ProtectRequest(msgspec.Struct, frozen=True):
 
 
 class ActRequest(msgspec.Struct, frozen=True):
-    """POST /v1/protections/{domain}/{unprotect|failover|solo} → JobBody. key: idempotency key."""
+    """POST /v1/protections/{domain}/{unprotect|failover|solo|start} → JobBody. key: idempotency key.
+
+    accept_lost_data: for `start`, where nobody can tell any more which side went on.
+    """
 
     force: bool = False
     peer_is_off: bool = False
+    key: str = ""
+    accept_lost_data: bool = False
+
+
+class MaintenanceRequest(msgspec.Struct, frozen=True):
+    """POST /v1/maintenance → JobBody. for_shutdown: only until this host's next boot (off: end only such a one)."""
+
+    on: bool
+    for_shutdown: bool = False
     key: str = ""
 
 
@@ -193,6 +208,7 @@ class PeerBody(msgspec.Struct, frozen=True):
     reachable: bool = False
     mcft: str = ""
     detail: str = ""
+    maintenance: bool = False
 
 
 class Peers(msgspec.Struct, frozen=True):

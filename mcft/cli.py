@@ -177,6 +177,35 @@ def solo(session: _Session, domain: str, force: bool, peer_is_off: bool, yes: bo
     _override(session.agent(), "solo", domain, force, peer_is_off, yes, f"{domain} goes on without a standby")
 
 
+@cli.command()
+@click.argument("domain")
+@click.option("--accept-lost-data", is_flag=True, help="Your word where nobody can tell which host went on.")
+@click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
+@click.pass_obj
+def start(session: _Session, domain: str, accept_lost_data: bool, yes: bool) -> None:
+    """Start a protected domain after both hosts were down, on the host where it belongs."""
+    agent = session.agent()
+    if accept_lost_data:
+        answer = agent.status(domain) if sys.stdin.isatty() and not yes else None
+        known = (answer.host, answer.protections[0]) if answer else None
+        _confirm(render.lost_data_stake(domain, known), yes)
+    request = api.ActRequest(key=_new_key(), accept_lost_data=accept_lost_data)
+    _act(agent, domain, "start", request, f"{domain} runs")
+
+
+@cli.command()
+@click.argument("on", type=click.Choice(["on", "off"]))
+@click.option("--for-shutdown", is_flag=True, help="Until the next boot only (mcft-shutdown.service).")
+@_timeout_option("End waiting after this long (exit 6); it goes on.")
+@click.pass_obj
+def maintenance(session: _Session, on: str, for_shutdown: bool, timeout: float | None) -> None:
+    """Empty this host of everything protected, and keep it so; or end that."""
+    agent = session.agent()
+    with _detachable("it goes on; `mcft status` shows it, `mcft maintenance off` cancels it"):
+        job = agent.maintenance(api.MaintenanceRequest(on == "on", for_shutdown, _new_key()))
+        _finish(agent, job, timeout, f"maintenance is {on}")
+
+
 @cli.command(name="set")
 @click.argument("domain")
 @_delay_option(required=True)

@@ -37,7 +37,7 @@ POLL_S = 1.0
 PATIENCE_S = 30.0
 RETRY_S = 0.5
 
-Verb = Literal["unprotect", "failover", "solo"]
+Verb = Literal["unprotect", "failover", "solo", "start"]
 _T = TypeVar("_T")
 
 
@@ -72,6 +72,9 @@ class Client:
 
     def act(self, domain: str, verb: Verb, request: api.ActRequest) -> api.JobBody:
         return _decode(self._request("POST", _route("protections", domain, verb), request), api.JobBody)
+
+    def maintenance(self, request: api.MaintenanceRequest) -> api.JobBody:
+        return _decode(self._request("POST", _route("maintenance"), request), api.JobBody)
 
     def set(self, domain: str, request: api.SetRequest) -> api.Protection:
         return _decode(self._request("POST", _route("protections", domain, "set"), request), api.Protection)

@@ -213,6 +213,42 @@ def knows_who_went_on(ledger: Ledger) -> bool:
     return ledger.newest not in (Kind.ARMING, Kind.PROTECTED, Kind.ARMED, Kind.DIED, Kind.RESIGNED)
 
 
+def entitled(ledger: Ledger) -> int | None:
+    """The generation in which this side may start the guest, by its own records alone.
+
+    0: none, the other side has it. None: these records don't tell (`protocol.md`, "Cold start").
+    """
+    if ledger.resigned_win:
+        return 0
+    if ledger.won:
+        return ledger.owned
+    if not knows_who_went_on(ledger):
+        return None
+    return ledger.g if ledger.side == "primary" and ledger.newest is not Kind.LOST else 0
+
+
+def belongs(ours: Ledger, theirs: Ledger | None) -> Literal["here", "there", "both", "unknown"]:
+    """After both hosts were down: where the guest may start. theirs: None if the other side is silent or has no records.
+
+    The newer generation starts; equal, its primary. "both": each side won the same one by an operator's word.
+    """
+    here = entitled(ours)
+    if theirs is None:
+        return "unknown" if here is None else "here" if here else "there"
+    there = entitled(theirs)
+    if here and there:
+        return "here" if here > there else "there" if there > here else "both"
+    if here:
+        return "there" if there is None and theirs.g > here else "here"
+    if there:
+        return "there" if here == 0 or there > ours.g or ours.pid == theirs.pid else "unknown"
+    if ours.pid != theirs.pid or (here, there) == (0, 0):
+        return "unknown"
+    if here is None and there is None:
+        return "here" if ours.side == "primary" else "there"
+    return "here" if here is None else "there"
+
+
 def disk_labels(primary: Ledger | None, standby: Ledger | None, *, committed: bool = True) -> str:
     """This host's label for each disk of the domain, computed from its own records (`protocol.md`, "Disks")."""
     if standby is not None:

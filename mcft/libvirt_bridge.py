@@ -195,6 +195,24 @@ class LibvirtHost:
 
         return await self.info(await self.call(work, timeout_s=60))
 
+    async def start_domain(self, uuid: str) -> None:
+        """Start a defined domain (virDomainCreate); one that runs is fine. Raises: Failed, Refused ("hook-refused")."""
+
+        def work(conn: Any) -> None:
+            try:
+                self._find(conn, uuid).create()
+            except libvirt.libvirtError as error:
+                if error.get_error_code() == libvirt.VIR_ERR_HOOK_SCRIPT_FAILED:
+                    raise Refused("hook-refused", "libvirt's hook refused this start", str(error)) from None
+                if error.get_error_code() != libvirt.VIR_ERR_OPERATION_INVALID:
+                    raise
+
+        await self.call(work, timeout_s=60)
+
+    async def create(self, xml: str) -> None:
+        """Start a transient domain (virDomainCreateXML). Raises: Failed."""
+        await self.call(lambda conn: conn.createXML(xml, 0), timeout_s=60)
+
     async def define(self, xml: str) -> None:
         """Make (or replace) the persistent definition; a running transient domain becomes persistent by it."""
         await self.call(lambda conn: conn.defineXML(xml))

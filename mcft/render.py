@@ -36,7 +36,7 @@ _NEXT = {
     "taking-over": "mcft wait {d} --for active,protected",
     "active": "mcft protect {d} --to {p}, once {p} is back",
     "lost": "mcft --host {p} status {d}",
-    "stopped": "virsh start {d} protects it again; mcft unprotect {d} ends it",
+    "stopped": "mcft start {d} protects it again; mcft unprotect {d} ends it",
     "unprotected": "mcft protect {d} --to {p}",
     "failed": "mcft events {d} tells why; then mcft protect {d} --to {p}",
 }
@@ -48,9 +48,15 @@ _DEPENDS_ON_STANDBY = {"preparing", "syncing", "protected", "muted", "resyncing"
 
 def status_text(status: api.Status) -> str:
     """Everything an agent protects, a block per protection."""
-    if not status.protections:
+    parts = [_maintenance(status.host)] if status.maintenance else []
+    if not status.protections and not parts:
         return f"{status.host} protects nothing. To begin: mcft protect DOMAIN --to PEER"
-    return "\n\n".join(protection_text(status.host, protection) for protection in status.protections)
+    return "\n\n".join([*parts, *(protection_text(status.host, protection) for protection in status.protections)])
+
+
+def _maintenance(host: str) -> str:
+    text = f"{host} is in MAINTENANCE: nothing is protected from it or to it.\nTo end it: mcft maintenance off"
+    return click.style(text, fg="yellow", bold=True)
 
 
 def protection_text(host: str, p: api.Protection) -> str:
@@ -225,7 +231,7 @@ def peers_text(peers: api.Peers) -> str:
         return f"{peers.host} has no peer. Add [peers.NAME] to /etc/mcft/mcft.toml"
     rows = [("PEER", "AGENT", "MCFT", "ADDRESSES")]
     for peer in peers.peers:
-        answers = "answers" if peer.reachable else "SILENT"
+        answers = ("maintenance" if peer.maintenance else "answers") if peer.reachable else "SILENT"
         addresses = ", ".join(peer.addresses)
         rows.append(
             (
@@ -274,6 +280,22 @@ def stake(
     sentences.append(
         f"If {domain} still runs on {peer}, two of it will answer for one address, "
         "their disks part, and one of both histories is lost."
+    )
+    return textwrap.fill(" ".join(sentences), WIDTH)
+
+
+def lost_data_stake(domain: str, known: tuple[str, api.Protection] | None) -> str:
+    """What `start --accept-lost-data` puts at stake. known: the answering host and its protection, if it answered."""
+    sentences = []
+    peer = "the other host"
+    if known is not None:
+        host, p = known
+        peer = p.peer
+        why = f": {p.reason}" if p.reason else ""
+        sentences.append(f"{domain} is {p.state} on {host} (generation {p.generation}, {p.role}, peer {peer}){why}.")
+    sentences.append(
+        f"It would be started from this host's disks. If {peer} went on with it in the meantime, all that it has done there "
+        f"since is lost; if it still runs there, two of it will answer for one address."
     )
     return textwrap.fill(" ".join(sentences), WIDTH)
 

@@ -67,7 +67,8 @@ class Again:
 
     async def _peer_is_free(self, life: Life) -> bool:
         theirs = await self.site.ask(life.body.peer, "records", self.core.about(life), model.Records, 3.0)
-        return not (theirs.running or theirs.qemu_alive) and theirs.state in model.VOID_STATES
+        runs_there = theirs.running or theirs.qemu_alive
+        return not (runs_there or theirs.maintenance) and theirs.state in model.VOID_STATES
 
     def _start(self, life: Life) -> None:
         body = life.body
@@ -86,9 +87,9 @@ class Again:
         self.site.jobs.start("protect", body.domain, work)
 
     async def _failed(self, life: Life, error: McftError) -> None:
-        """Wait longer each time. A peer that went away is no failure: it is waited for as it was before."""
+        """Wait longer each time. A peer that went away, or into maintenance, is no failure: it is waited for as it was before."""
         body = life.body
-        body.failures += not isinstance(error, Unreachable)
+        body.failures += not (isinstance(error, Unreachable) or error.code == "maintenance")
         body.next_try_boottime_ms = boottime_ms() + min(FIRST_WAIT_MS * 2 ** max(body.failures - 1, 0), LONGEST_WAIT_MS)
         if body.failures >= MAX_FAILURES:
             body.manual = f"protecting again failed {body.failures} times: {error}"

@@ -194,7 +194,7 @@ class Copy(Life):
         address = self.site.config.listen_addresses[0]
         self.body.nbd_port = self.site.ports.take(address, udp=False)
         await diskreplica.prepare_secondary(self.qmp, found, self.body.g, self._here(self.body.nbd_port))
-        self._label()
+        self.label()
 
     async def _start_gate(self) -> None:
         await self.gate.create(self._gate_state())

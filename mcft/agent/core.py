@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from mcft import api, diskreplica, generations, netbuffer
-from mcft.agent import check, domainxml, model, protection, standby, statusview
+from mcft.agent import check, coldstart, domainxml, maintenance, model, protection, standby, statusview
 from mcft.agent.events import EventLog
 from mcft.agent.hook import boot_id
 from mcft.agent.jobs import JobHandle, Jobs
@@ -54,6 +54,8 @@ class Core:
     async def _load_one(self, body: model.Body) -> None:
         ledger = await stored_ledger(self.site.store, body)
         life = self.alive(body, ledger)
+        if ledger.records:
+            life.label()  # a power loss may have taken the newest label, never the record before it
         if body.links and ledger.newest not in (Kind.LOST, Kind.ENDED, Kind.GIVEN_UP) and not ledger.won:
             self.site.route_users.setdefault(body.links[0].peer, set()).add(body.uuid)
         if body.route_changed and body.links:
@@ -144,7 +146,8 @@ class Core:
 
     async def status(self, domain: str | None) -> api.Status:
         lives = [self._find(domain)] if domain else sorted(self.lives.values(), key=lambda life: life.body.domain)
-        return api.Status(self.site.config.name, [await self._view(life) for life in lives])
+        views = [await self._view(life) for life in lives]
+        return api.Status(self.site.config.name, views, maintenance=self.site.maintenance)
 
     async def _view(self, life: Life) -> api.Protection:
         gate: dict[str, Any] = {}
@@ -157,14 +160,20 @@ class Core:
         return statusview.protection(
             life.body, life.ledger, gate, self.jobs.running(life.body.domain), self.events.last(life.body.domain),
             self.site.versions, running if life.body.role == "primary" else False,
-            self.site.config.name,
+            self.site.config.name, self.site.maintenance, self._hello_of(life.body.peer).maintenance,
         )  # fmt: skip
+
+    def _hello_of(self, peer: str) -> model.Hello:
+        """What the peer last said of itself; nothing where it is silent or not configured any more."""
+        link = self.site.peers.get(peer)
+        return msgspec.json.decode(link.last_hello, type=model.Hello) if link and link.last_hello else model.Hello()
 
     def peers(self) -> api.Peers:
         rows = []
         for name, link in self.site.peers.items():
-            hello = msgspec.json.decode(link.last_hello, type=model.Hello) if link.last_hello else model.Hello()
-            rows.append(api.PeerBody(name, list(link.peer.addresses), link.reachable, hello.mcft, link.detail))
+            hello = self._hello_of(name)
+            addresses = list(link.peer.addresses)
+            rows.append(api.PeerBody(name, addresses, link.reachable, hello.mcft, link.detail, hello.maintenance))
         return api.Peers(self.site.config.name, rows)
 
     async def protect(self, request: api.ProtectRequest) -> api.JobBody:
@@ -186,6 +195,8 @@ class Core:
         if request.engine == "mc":
             raise Refused("no-engine", "engine mc is not available in this mcft", "", "use --engine auto")
         self.site.peer(request.to)
+        if self.site.maintenance:
+            raise maintenance.refuse(self.site.config.name)
         return await self.site.host.info(request.domain)
 
     async def check(self, request: api.ProtectRequest) -> api.Check:
@@ -221,6 +232,8 @@ class Core:
         domain = await self.site.host.info(request.domain)
         theirs = await self.site.ask(peer, "records", model.About(domain.uuid, domain=domain.name), model.Records, 5.0)
         previous = self.lives.get(domain.uuid)
+        if theirs.maintenance:
+            raise maintenance.refuse(peer)
         if theirs.running:
             raise Refused("runs-there", f"{domain.name} runs on {peer} too", "two copies with one identity", f"look at {peer}")
         highest = await self.site.store.highest_generation(domain.uuid)
@@ -230,8 +243,7 @@ class Core:
             body.autostart = body.autostart or previous.body.autostart
             body.xml = body.xml if body.persistent else previous.body.xml
         await check.refuse_engine(life)
-        hello = msgspec.json.decode(self.site.peer(peer).last_hello or b"{}", type=model.Hello)
-        check.refuse_older(await check.running_qemu(life.qmp), hello.qemu, domain.name, peer)
+        check.refuse_older(await check.running_qemu(life.qmp), self._hello_of(peer).qemu, domain.name, peer)
         await check.refuse_busy(life.qmp, domain.name)
         body.engine = "colo"
         body.buffer = netbuffer.choose(
@@ -275,6 +287,8 @@ class Core:
             info = await self.site.host.info(domain)
             return self.jobs.start(verb, info.name, _done("not protected"), request.key)
         life = self._find(domain)
+        if verb == "start":
+            return coldstart.begin(self, life, request)
         acts = {"unprotect": self._unprotect, "failover": self._failover, "solo": self._solo}
         running = self.jobs.running(life.body.domain)
         if verb == "unprotect" and running is not None and running.kind == "protect":
@@ -289,17 +303,20 @@ class Core:
 
         return self.jobs.start(verb, life.body.domain, work, request.key)
 
+    async def maintenance(self, request: api.MaintenanceRequest) -> api.JobBody:
+        return await maintenance.begin(self, request)
+
     async def _cancelled(self, job_id: str) -> None:
         job = self.jobs.cancel(job_id)
         while job.state == "running":
             job = await self.jobs.wait(job_id, 5.0)
 
     async def _unprotect(self, life: Life, _request: api.ActRequest, job: JobHandle) -> str:
-        life = self._as_primary(life)
+        life = self.as_primary(life)
         await life.unprotect(job.step)
         return f"{life.body.domain} is not protected any more"
 
-    def _as_primary(self, life: Life) -> Primary:
+    def as_primary(self, life: Life) -> Primary:
         if life.body.role == "standby" or life.body.state == "lost":
             raise Refused(
                 "not-primary", f"{life.body.domain} is led by {life.body.peer}", f"here it is {life.body.state}",
@@ -314,7 +331,7 @@ class Core:
 
     async def _failover(self, life: Life, request: api.ActRequest, job: JobHandle) -> str:
         if life.body.role == "primary":
-            return await self._as_primary(life).switch(job.step)
+            return await self.as_primary(life).switch(job.step)
         if not isinstance(life, Standby):
             raise Refused("not-here", f"{life.body.domain} has no standby here", life.body.reason)
         job.step(f"ask {life.body.peer} to hand over")
@@ -350,10 +367,10 @@ class Core:
         return f"{life.body.domain} runs here"
 
     async def _solo(self, life: Life, request: api.ActRequest, job: JobHandle) -> str:
-        return await self._as_primary(life).solo(force=request.force, peer_is_off=request.peer_is_off)
+        return await self.as_primary(life).solo(force=request.force, peer_is_off=request.peer_is_off)
 
     async def set(self, domain: str, request: api.SetRequest) -> api.Protection:
-        life = self._as_primary(self._find(domain))
+        life = self.as_primary(self._find(domain))
         if request.delay_ms is not None:
             if not DELAY_MIN_MS <= request.delay_ms <= DELAY_MAX_MS:
                 raise Usage("bad-delay", f"a delay of {request.delay_ms} ms is out of range", "it must be 10ms to 10s")
@@ -370,7 +387,8 @@ class Core:
         versions = self.site.versions
         return model.encode(
             model.Hello(
-                self.site.config.name, versions.get("mcft", ""), versions.get("qemu", ""), versions.get("libvirt", ""), boot_id()
+                self.site.config.name, versions.get("mcft", ""), versions.get("qemu", ""), versions.get("libvirt", ""), boot_id(),
+                self.site.maintenance,
             )
         )  # fmt: skip
 
@@ -384,6 +402,8 @@ class Core:
     async def may_receive(self, peer: str, request: model.Prepare, life: Life | None) -> None:
         """Raises: Refused if a copy of this domain can't come here because of what is here."""
         name = self.site.config.name
+        if self.site.maintenance:
+            raise maintenance.refuse(name)
         if life is not None and (life.body.state not in model.VOID_STATES or life.qemu_alive()):
             raise Refused("busy-there", f"{name} has a protection of {request.domain} of its own", f"it is {life.body.state}")
         info = await self.site.host.find(request.uuid)
@@ -403,7 +423,7 @@ class Core:
         if isinstance(life, Primary):
             life.lifecycle(event, detail)
         if event in ("started", "stopped") and life.body.role == "primary" and life.body.state in OWNER_STATES:
-            self.site.spawn(self._as_primary(life).look(), f"look at {life.body.domain}")
+            self.site.spawn(self.as_primary(life).look(), f"look at {life.body.domain}")
 
     def disk_event(self, uuid: str, event: dict[str, Any]) -> None:
         """Called on the loop. The gate sees these itself, unless it was down or its monitor broken just then."""

@@ -8,7 +8,7 @@ from mcft import api
 from mcft.agent.events import EventLog
 from mcft.agent.jobs import Jobs
 
-Verb = Literal["unprotect", "failover", "solo"]
+Verb = Literal["unprotect", "failover", "solo", "start"]
 
 
 class Core(Protocol):
@@ -35,7 +35,10 @@ class Core(Protocol):
         """What `protect` would refuse and warn of; changes nothing."""
 
     async def act(self, domain: str, verb: Verb, request: api.ActRequest) -> api.JobBody:
-        """Start unprotect, failover or solo."""
+        """Start unprotect, failover, solo, or a domain that is down."""
+
+    async def maintenance(self, request: api.MaintenanceRequest) -> api.JobBody:
+        """Begin or end this host's maintenance."""
 
     async def set(self, domain: str, request: api.SetRequest) -> api.Protection:
         """Change what can be changed while it runs; the answer is read back."""

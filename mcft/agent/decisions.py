@@ -12,8 +12,9 @@ from typing import Any
 
 from mcft import diskreplica, generations
 from mcft.agent import model
+from mcft.agent.model import peer_ledger
 from mcft.agent.setup import STANDBYS_SIDE, OnStep, Setup
-from mcft.agent.site import boottime_ms, log, peer_ledger
+from mcft.agent.site import boottime_ms, log
 from mcft.errors import Failed, McftError, TimedOut
 from mcft.generations import Kind
 
@@ -88,6 +89,8 @@ class Deciding(Setup):
             await self.adopt_won()
         elif newest is Kind.LOST:
             await self._lose(None)
+        elif newest is Kind.ENDED and self.body.state == "unprotected":
+            await self.look()  # the standby let go long ago; its guest was started again
         elif newest is Kind.ENDED:
             await self._ended(self.body.reason or "the guest was ended")
         elif newest in UNDECIDED:
@@ -199,7 +202,7 @@ class Deciding(Setup):
         if not self.qemu_alive():
             await self.record(Kind.SPOKEN, self.ledger.owned)
             self.to_state("stopped", f"{reason}; the guest is down, its disk here is the truth")
-            await self._free()
+            await self.free()
             await self.save()
             await self._clean_up_dead()
             return
@@ -210,7 +213,7 @@ class Deciding(Setup):
         self.body.next_try_boottime_ms = boottime_ms()
         self.to_state("solo", reason)
         await self.save()
-        await self._free()
+        await self.free()
         await self.dismantle_all()
 
     async def _leave(self) -> None:
@@ -230,7 +233,7 @@ class Deciding(Setup):
             await asyncio.sleep(0.005)
         raise Failed("leave", f"QEMU does not go on alone (it says '{status}')", "", "look at: virsh domstate; mcft events")
 
-    async def _free(self) -> None:
+    async def free(self) -> None:
         """This side owns the newest generation: it may start here again, also by itself."""
         self.site.markers.free(self.body.uuid)
         if self.body.autostart and (info := await self.site.host.find(self.body.uuid)) is not None and info.persistent:
@@ -255,14 +258,14 @@ class Deciding(Setup):
             if not self.ledger.spoken:
                 await self.record(Kind.SPOKEN, self.ledger.owned)
             await self._clean_up_dead()
-            await self._free()
+            await self.free()
         elif self.body.state not in ("solo", "unprotected", "stopped") or os.path.exists(self.gate.state_path):
             if not self.ledger.spoken:
                 await self.gate.adopt()
                 await self._leave()
                 await self.record(Kind.SPOKEN, self.ledger.owned)
             self.to_state("solo", self.body.reason)
-            await self._free()
+            await self.free()
             await self.dismantle_all()
         await self.look()
 
@@ -318,6 +321,6 @@ class Deciding(Setup):
             except McftError as error:
                 log.info("telling %s that %s has ended: %s", self.body.peer, self.body.domain, error)
             await asyncio.sleep(1.0)
-        await self._free()
+        await self.free()
         await self._clean_up_dead()
         await self.look()

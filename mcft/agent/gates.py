@@ -13,6 +13,7 @@ from mcft.agent.process import run
 from mcft.errors import Failed
 from mcft.gate import state as gate_state
 
+QUIT_S = 2.0
 Notes = Callable[[str, dict[str, Any]], None]
 
 
@@ -133,16 +134,29 @@ class GateLink:
 
     async def end(self) -> None:
         """Tell it to quit, stop its unit, forget its state. Nothing of it is left; none running is fine."""
+        quits = False
         with contextlib.suppress(Failed):
             if self._writer is not None:
                 await self.ask("quit", 1.0)
+                quits = True
         await self.let_go()
         if os.path.exists(self.state_path) or os.path.exists(self.socket_path):
             with contextlib.suppress(Failed):
-                await run("systemctl", "stop", unit(self.uuid))
+                if not (quits and await self._ended_by_itself()):
+                    await run("systemctl", "stop", unit(self.uuid))
         for path in (self.state_path, self.socket_path):
             if os.path.exists(path):
                 os.unlink(path)
+
+    async def _ended_by_itself(self) -> bool:
+        """Whether systemd has seen it end after `quit`: at a host's shutdown a `systemctl stop` would wait for ever."""
+        deadline = asyncio.get_running_loop().time() + QUIT_S
+        while asyncio.get_running_loop().time() < deadline:
+            state = await run("systemctl", "show", "--property=ActiveState", "--value", unit(self.uuid))
+            if state.strip() in ("inactive", "failed"):
+                return True
+            await asyncio.sleep(0.02)
+        return False
 
     async def let_go(self) -> None:
         """Disconnect; the gate goes on."""

@@ -12,10 +12,13 @@ import os
 import time
 import uuid as uuids
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mcft.config import Config
 from mcft.errors import Failed, McftError, Refused
-from mcft.libvirt_bridge import LibvirtHost
+
+if TYPE_CHECKING:  # so that it can be tested without libvirt
+    from mcft.libvirt_bridge import LibvirtHost
 
 TOKEN_LIFE_S = 60
 PROBE_NAME = "mcft-hook-probe"

@@ -9,7 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
-from mcft.agent import sd
+from mcft.agent import maintenance, sd
 from mcft.agent.again import Again
 from mcft.agent.core import Core
 from mcft.agent.events import EventLog
@@ -56,6 +56,7 @@ async def _run(config: Config) -> None:
     for name, peer in config.peers.items():
         site.peers[name] = PeerLink(config, peer, core.hello)
         site.peers[name].start()
+    await maintenance.load(site)
     await core.load()  # before anybody can ask: an unknown instance would be answered as if it were over
     server = Server(config, core)
     await server.start()

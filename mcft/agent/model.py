@@ -10,6 +10,7 @@ from mcft.api import BufferChoice, EngineChoice, Role, State
 from mcft.config import StreamTls
 from mcft.diskreplica import Disk
 from mcft.gate.state import LinkSpec
+from mcft.generations import Ledger, Side
 from mcft.netbuffer import Nic, Way
 
 VOID_STATES = ("", "lost", "stopped", "unprotected", "failed")  # of a side that holds nothing of the protection any more
@@ -67,13 +68,14 @@ class Body(msgspec.Struct):
 
 
 class Hello(msgspec.Struct, frozen=True):
-    """Who an agent is. boot_id: of its host."""
+    """Who an agent is. boot_id: of its host; maintenance: nothing is protected to it or from it."""
 
     host: str = ""
     mcft: str = ""
     qemu: str = ""
     libvirt: str = ""
     boot_id: str = ""
+    maintenance: bool = False
 
 
 class About(msgspec.Struct, frozen=True):
@@ -103,6 +105,7 @@ class Records(msgspec.Struct, frozen=True):
     qemu_alive: bool = False
     protections: int = 0
     copy_lost: bool = False  # the standby's QEMU was gone before it was asked to give up
+    maintenance: bool = False
 
 
 class Prepare(msgspec.Struct, frozen=True):
@@ -146,6 +149,12 @@ class Answer(msgspec.Struct, frozen=True):
     kind: str
     g: int = 0
     detail: str = ""
+
+
+def peer_ledger(records: Records) -> Ledger:
+    """A peer's answer as a ledger of its side."""
+    side: Side = "primary" if records.role == "primary" else "standby"
+    return Ledger.load(records.pid, side, records.g, [(g, kind) for s, g, kind in records.records if s == side])
 
 
 def encode(body: Any) -> bytes:

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from mcft import api
-from mcft.agent import checkpeer, domainxml, model, standby
+from mcft.agent import checkpeer, coldstart, domainxml, maintenance, model, standby
 from mcft.agent.jobs import JobHandle
 from mcft.agent.protection import Primary
 from mcft.agent.standby import Standby
@@ -42,6 +41,8 @@ class PeerVerbs:
             "discard": self._discard,
             "switch": self._switch,
             "check": self._check,
+            "start": self._start,
+            "go-alone": self._go_alone,
         }
 
     async def call(self, peer_name: str, verb: str, body: bytes) -> bytes:
@@ -64,7 +65,10 @@ class PeerVerbs:
         running = info is not None and info.running and (life is None or life.body.role == "primary")
         highest = await self.site.store.highest_generation(about.uuid)
         defined, protections = info is not None and info.persistent, len(self.core.lives)
-        return msgspec.structs.replace(known, highest_g=highest, running=running, defined=defined, protections=protections)
+        return msgspec.structs.replace(
+            known, highest_g=highest, running=running, defined=defined, protections=protections,
+            maintenance=self.site.maintenance,
+        )  # fmt: skip
 
     async def _state(self, _peer: str, body: bytes) -> msgspec.Struct:
         about = msgspec.json.decode(body, type=model.About)
@@ -202,8 +206,11 @@ class PeerVerbs:
             return await leader.switch(job.step)
 
         job = self.core.jobs.start("failover", leader.body.domain, work, f"switch-{about.pid}-{about.detail}")
-        while job.state == "running":
-            job = await self.core.jobs.wait(job.id, 5.0)
-        if job.error is not None:
-            api.raise_error(job.error)
+        await self.core.jobs.ended(job.id)
         return model.Answer("taken", about.g)
+
+    async def _start(self, peer: str, body: bytes) -> msgspec.Struct:
+        return await coldstart.answer(self.core, peer, body)
+
+    async def _go_alone(self, peer: str, body: bytes) -> msgspec.Struct:
+        return await maintenance.answer(self.core, peer, body)

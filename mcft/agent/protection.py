@@ -12,9 +12,10 @@ from typing import Any
 from mcft import generations
 from mcft.agent import model
 from mcft.agent.decisions import PULL_EVERY_S, UNDECIDED, Deciding
+from mcft.agent.model import peer_ledger
 from mcft.agent.setup import STANDBYS_SIDE, OnStep
 from mcft.agent.setup import make_body as make_body
-from mcft.agent.site import boottime_ms, log, peer_ledger
+from mcft.agent.site import boottime_ms, log
 from mcft.errors import Failed, McftError, Refused, Unreachable
 from mcft.generations import Kind
 
@@ -79,25 +80,38 @@ class Primary(Deciding):
         try:
             await self.site.ask(peer, "state", self.about(), model.Records, 3.0)
         except McftError as error:
+            if not self.qemu_alive():
+                raise Refused(
+                    "guest-down", f"{domain} does not run here, and {peer} may have gone on with it before it fell silent",
+                    "that it is off now does not tell", f"bring {peer} back, then: mcft start {domain}",
+                ) from None  # fmt: skip
             if not peer_is_off:
                 raise Refused(
                     "standby-silent", f"{peer} does not answer, so it may have taken {domain} over", str(error),
                     f"make sure that {peer} is powered off, then: mcft solo {domain} --peer-is-off",
                 ) from None  # fmt: skip
-            return await self._override(f"the operator's word that {peer} is off")
+            why = f"the operator's word that {peer} is off"
+            await self.override(why)
+            return f"{domain} goes on alone, by your word; if {peer} is not off, two copies run"
         await self._let_go("solo, asked for by the operator")
         self.body.manual = "solo was asked for"
         await self.save()
         return f"{domain} runs without a standby; protect it again with: mcft protect {domain} --to {peer}"
 
-    async def _override(self, why: str) -> str:
+    async def go_alone(self, why: str) -> None:
+        """The standby's host asked for it, and is protected to again by itself later. Raises: Refused, TimedOut (muted)."""
+        if not self.ledger.won and self.ledger.newest in UNDECIDED:
+            self.body.quick_return = True
+            await self._let_go(why)
+
+    async def override(self, why: str) -> None:
+        """The operator's word in place of the standby's: this side goes on, or with its guest down it may start it."""
         await self.stop_deciding()
         self.decide(lambda: self.go_solo(why, override=why), "override")
         if self.qemu_alive():
             with contextlib.suppress(Failed):
                 await self.gate.ask("yank", 2.0)
         await self._decided()
-        return f"{self.body.domain} goes on alone, by your word; if {self.body.peer} is not off, two copies run"
 
     async def switch(self, on_step: OnStep) -> str:
         """A planned switch: last checkpoint, stop, resigned(g), TAKE; what is lost is as if the network had dropped it."""

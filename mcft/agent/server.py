@@ -149,6 +149,7 @@ class _Routes:
             web.post("/v1/protections", self._protect),
             web.post("/v1/protections/{domain}/set", self._set),
             web.post("/v1/check", self._check),
+            web.post("/v1/maintenance", self._maintenance),
             *acts,
         ]
 
@@ -177,6 +178,9 @@ class _Routes:
 
     async def _check(self, request: web.Request) -> web.Response:
         return json_answer(await self._core.check(await self._read(request, api.ProtectRequest)))
+
+    async def _maintenance(self, request: web.Request) -> web.Response:
+        return json_answer(await self._core.maintenance(await self._read(request, api.MaintenanceRequest)))
 
     async def _set(self, request: web.Request) -> web.Response:
         wanted = await self._read(request, api.SetRequest)
@@ -211,7 +215,7 @@ class _Routes:
         return min(_number(request, "wait_s"), self._limits.wait_s)
 
 
-_VERBS: tuple[Verb, ...] = ("unprotect", "failover", "solo")
+_VERBS: tuple[Verb, ...] = ("unprotect", "failover", "solo", "start")
 
 
 def _number(request: web.Request, name: str) -> float:

@@ -54,6 +54,7 @@ class Site:
     runner: Runner = field(default_factory=Runner)
     maintenance: bool = False
     route_users: dict[str, set[str]] = field(default_factory=dict)  # peer's address → uuids that want `quickack`
+    committing: dict[str, asyncio.Lock] = field(default_factory=dict)  # uuid → its overlays are being committed offline
     routes_changed: set[str] = field(default_factory=set)  # those that had no `quickack` before mcft set it
     _tasks: set[asyncio.Task[Any]] = field(default_factory=set)
 
@@ -139,12 +140,12 @@ class Life:
             )
             self.ledger.append(kind, g)
             try:
-                self._label()
+                self.label()
             except OSError as error:
                 # Labels are recomputed from the records; a full disk must not stop a decision.
                 log.error("%s: the disks' labels could not be written: %s", self.body.domain, error)
 
-    def _label(self) -> None:
+    def label(self) -> None:
         """The disks' labels, recomputed from the records: small files, readable without the agent."""
         primary = self.ledger if self.ledger.side == "primary" else None
         standby = self.ledger if self.ledger.side == "standby" else None
@@ -284,7 +285,7 @@ class Life:
             return
         await diskreplica.drop_overlays(self.qmp, self.body.disks, self.body.g)
         self.body.overlays_g = 0
-        self._label()
+        self.label()
         # Only now: before, a guest that is started on the disk alone would see an older one.
         self.site.markers.free(self.body.uuid)
         await self.save()
@@ -296,10 +297,15 @@ class Life:
         self.event("take-over", "the overlays are committed; nothing of the take-over is left in the domain")
 
     async def commit_offline(self) -> None:
-        """The guest ended before QEMU had committed its overlays: the disk alone is wrong."""
+        """The guest ended before QEMU had committed its overlays: the disk alone is wrong. Asked twice, it is done once."""
+        async with self.site.committing.setdefault(self.body.uuid, asyncio.Lock()):
+            if self.body.overlays_g:
+                await self._commit_offline()
+
+    async def _commit_offline(self) -> None:
         await overlays.commit_files(self.body.disks, self.body.overlays_g)
         self.body.overlays_g = 0
-        self._label()
+        self.label()
         self.site.markers.free(self.body.uuid)
         await self.save()
         self.event("disk", "the overlays of the take-over were committed offline; the disk alone is the truth now")
@@ -324,12 +330,6 @@ class Life:
     async def close(self) -> None:
         """The agent stops; gates go on."""
         await self.gate.let_go()
-
-
-def peer_ledger(records: model.Records) -> Ledger:
-    """A peer's answer as a ledger of its side."""
-    side: Side = "primary" if records.role == "primary" else "standby"
-    return Ledger.load(records.pid, side, records.g, [(g, kind) for s, g, kind in records.records if s == side])
 
 
 async def stored_ledger(store: Store, body: model.Body) -> Ledger:

@@ -180,20 +180,37 @@ class Standby(Copy):
         await self.save()
         await self._settle()
 
+    async def take_cold(self, why: str) -> None:
+        """The operator's word that this copy's disk is the truth now, its memory being lost: it may be started here.
+
+        Raises: Refused if this copy's records forbid it (a copy that saw a disk error never takes over).
+        """
+        if self.ledger.newest is not Kind.ARMED or self.qemu_alive():
+            why_not = generations.may_take(self.ledger)
+            raise Refused("not-startable", f"the copy of {self.body.domain} here can't be started", why_not)
+        await self.stop_deciding()
+        self.body.manual = why
+        await self.record(Kind.TAKEN, detail=why)
+        await self.record(Kind.SPOKEN, self.body.g + 1)
+        self.to_state("stopped", why)
+        await self._settle()
+
     async def _settle(self) -> None:
         """After the guest talks again: persistent here, startable here, overlays committed, libvirt's graph as it was."""
         xml = domainxml.moved(self.body.xml, self.body.disk_paths)
         await self.site.host.define(xml)
         if self.body.autostart:
             await self.site.host.set_autostart(self.body.uuid, True)
-        self._label()
+        self.label()
         await self.save()
         if self.on_active is not None:
             await self.on_active(self)
         if self.qemu_alive():
             await self.commit_online()
-        else:
-            await self.look()
+            return
+        await self.look()
+        if not self.body.overlays_g:
+            self.site.markers.free(self.body.uuid)
 
     async def _give_back(self, why: str) -> None:
         """A win whose guest can't run, and that was never spoken: the other side takes it up."""
@@ -229,7 +246,7 @@ class Standby(Copy):
         if self.cut_off:
             # Its primary waits in vain for this agent's answer; there may be no gate, monitor or QEMU to adopt.
             await self.site.runner.undo_all(self.steps(), self)
-        elif newest is Kind.TAKEN:
+        elif newest is Kind.TAKEN and not self.ledger.resigned_win:
             self.carry_through(self.go_on, f"go on with {self.body.domain}")
         elif newest in (Kind.PREPARING, Kind.ARMED) and self.qemu_alive():
             await self.gate.adopt()
@@ -238,10 +255,19 @@ class Standby(Copy):
                 self.to_state("protected")
                 await self.save()
         else:
-            # armed(g) is void with its QEMU; what becomes of it is the primary's to ask.
-            if newest in (Kind.PREPARING, Kind.ARMED):
-                self.to_state("lost", "the copy here is gone (this host or its QEMU was restarted)")
+            self._say_how_it_ended()
             await self._clean_up()
+
+    def _say_how_it_ended(self) -> None:
+        """The record is what counts: the agent may have ended before it kept the state that follows from it."""
+        newest = self.ledger.newest
+        if newest in (Kind.PREPARING, Kind.ARMED):
+            # armed(g) is void with its QEMU; what becomes of it is the primary's to ask.
+            self.to_state("lost", "the copy here is gone (this host or its QEMU was restarted)")
+        elif self.body.state not in model.VOID_STATES and newest is Kind.ENDED:
+            self.to_state("stopped", "the guest was ended")
+        elif self.body.state not in model.VOID_STATES:
+            self.to_state("lost", f"its newest record is {newest.value}" if newest else "")
 
 
 def _timing(timing_ms: dict[str, float]) -> str:

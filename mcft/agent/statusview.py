@@ -11,15 +11,19 @@ from mcft.generations import Ledger
 FLOWING = ("protected", "solo", "active", "unprotected", "preparing", "syncing", "resyncing")
 
 
-def next_step(body: Body, host: str) -> str | None:
-    """One line of what to type in this state; None where there is nothing to do."""
+def next_step(body: Body, host: str, running: bool = True, in_maintenance: str = "") -> str | None:
+    """One line of what to type in this state; None where there is nothing to do. in_maintenance: the name of such a host."""
     vm, peer = body.domain, body.peer
+    if in_maintenance and body.state in ("solo", "active", "unprotected"):
+        return f"on {in_maintenance}: mcft maintenance off (then it is protected again by itself)"
+    if body.state == "muted" and body.role == "primary" and not running:
+        return f"bring {peer} back, then: mcft start {vm}"
     return {
         "muted": f"if {peer} is certainly off: mcft solo {vm} --peer-is-off; otherwise bring {peer} or its link back",
         "solo": f"mcft protect {vm} --to {peer} (by itself once {peer} answers for long enough)",
         "active": f"mcft protect {vm} --to {peer} (by itself once {peer} answers for long enough)",
         "lost": f"{vm} is {peer}'s now; to make this host its standby, there: mcft protect {vm} --to {host}",
-        "stopped": f"virsh start {vm} (it is protected again by itself), or mcft unprotect {vm}",
+        "stopped": f"mcft start {vm} (it is protected again by itself), or mcft unprotect {vm}",
         "failed": f"mcft events {vm}; then mcft protect {vm} --to {peer} or mcft unprotect {vm}",
         "unprotected": f"mcft protect {vm} --to {peer}",
     }.get(body.state)
@@ -27,7 +31,7 @@ def next_step(body: Body, host: str) -> str | None:
 
 def protection(
     body: Body, ledger: Ledger, gate: dict[str, Any], job: api.JobBody | None, last: api.EventBody | None,
-    versions: dict[str, str], guest_running: bool, host: str,
+    versions: dict[str, str], guest_running: bool, host: str, maintenance: bool = False, peer_maintenance: bool = False,
 ) -> api.Protection:  # fmt: skip
     """gate: the gate's `status`, or {} if there is none or it does not answer."""
     primary = body.role == "primary"
@@ -35,13 +39,14 @@ def protection(
     whole = body.state == "protected" and not gate.get("disk_error") and gate.get("verdict") is None
     following = whole and bool(gate) and (gate.get("lease") if primary else gate.get("loads", 0) > 0)
     unsafe = ["output leaves unbuffered (--netbuffer none)"] if primary and body.buffer_asked == "none" else []
+    in_maintenance = host if maintenance else body.peer if peer_maintenance else ""
     reason = body.reason or None
     if body.state == "protected" and not gate:
         reason = "the gate does not answer; systemd restarts it"
     return api.Protection(
         domain=body.domain, uuid=body.uuid, instance=body.pid, role=body.role, peer=body.peer, engine=body.engine,
-        state=body.state, reason=reason, next_step=next_step(body, host), guest_running=guest_running,
-        output_flowing=primary and guest_running and _flows(body, gate),
+        state=body.state, reason=reason, next_step=next_step(body, host, guest_running, in_maintenance),
+        guest_running=guest_running, output_flowing=primary and guest_running and _flows(body, gate),
         survives_host_loss=bool(following) and not unsafe, unsafe=unsafe, generation=g, tls=body.tls, delay_ms=body.delay_ms,
         since=body.since, checkpoints=_checkpoints(gate), network=_network(body, gate), disks=_disks(body, gate),
         keepalive=[_link(row) for row in gate.get("links", [])],

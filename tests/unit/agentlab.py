@@ -97,6 +97,10 @@ class FakeCore:
         self.acts.append((verb, domain, request))
         return self.jobs.start(verb, domain, self._work, request.key)
 
+    async def maintenance(self, request: api.MaintenanceRequest) -> api.JobBody:
+        self.acts.append(("maintenance", request))
+        return self.jobs.start("maintenance", self.name, self._work, request.key)
+
     async def set(self, domain: str, request: api.SetRequest) -> api.Protection:
         self.acts.append(("set", domain, request))
         return api.Protection(domain, "u", "p", "primary", "host2", "colo", "protected")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mcft.agent import again
+from mcft.agent import again, maintenance, model
 from mcft.agent.again import Again
 from mcft.errors import Failed, Unreachable
 
@@ -73,6 +73,22 @@ def test_a_cut_replication_link_is_waited_for(world: World) -> None:
 def test_not_while_something_forbids_it(world: World, field: str, value: Any) -> None:
     setattr(world.body, field, value)
     assert world.not_yet()
+
+
+@pytest.mark.parametrize(("maintenance", "free"), [(False, True), (True, False)])
+async def test_not_to_a_host_in_maintenance(world: World, maintenance: bool, free: bool) -> None:
+    async def ask(*_question: Any) -> model.Records:
+        return model.Records("host2", "u", state="lost", maintenance=maintenance)
+
+    world.again.site.ask = ask  # type: ignore[method-assign, assignment]
+    world.again.core.about = lambda _life: None  # type: ignore[method-assign, assignment, return-value]
+    assert await world.again._peer_is_free(world.life) is free
+
+
+async def test_a_host_that_went_into_maintenance_meanwhile_is_no_failure(world: World) -> None:
+    for _ in range(9):
+        await world.again._failed(world.life, maintenance.refuse("host2"))
+    assert world.body.failures == 0 and world.body.state == "solo"
 
 
 async def test_each_failure_waits_longer_and_the_fifth_is_the_last(world: World) -> None:

@@ -189,6 +189,42 @@ def test_an_override_at_a_terminal_shows_the_stake_and_asks(agent: FakeAgent, an
     assert ("POST /v1/protections/vm1/solo" in agent.routes()) == (code == 0)
 
 
+def test_start_needs_no_word_but_for_lost_data(agent: FakeAgent, run: Run) -> None:
+    agent.say("POST /v1/protections/vm1/start", job("done", kind="start", result="vm1 runs on host2"))
+    assert run("start", "vm1") == (0, "vm1 runs on host2\n", "")
+    assert agent.asked[0][2]["accept_lost_data"] is False
+    assert run("start", "vm1", "--accept-lost-data")[0] == 2
+    assert len(agent.asked) == 1
+    assert run("start", "vm1", "--accept-lost-data", "--yes")[0] == 0
+    assert agent.asked[1][2]["accept_lost_data"] is True
+
+
+@pytest.mark.parametrize(("answer", "code"), [("y", 0), ("n", 1)])
+def test_lost_data_at_a_terminal_shows_the_stake_and_asks(agent: FakeAgent, answer: str, code: int) -> None:
+    agent.say("GET /v1/status", status(changed(state="muted", reason="asking who went on")))
+    agent.say("POST /v1/protections/vm1/start", job("done", kind="start"))
+    ended, seen = at_terminal(["start", "vm1", "--accept-lost-data"], {"Go on?": answer})
+    assert ended == code
+    assert "vm1 is muted on host1" in seen and "is lost" in seen
+    assert ("POST /v1/protections/vm1/start" in agent.routes()) == (code == 0)
+
+
+@pytest.mark.parametrize(("words", "on", "for_shutdown"), [(["on"], True, False), (["off", "--for-shutdown"], False, True)])
+def test_maintenance(agent: FakeAgent, run: Run, words: list[str], on: bool, for_shutdown: bool) -> None:
+    agent.say("POST /v1/maintenance", job("done", kind="maintenance", result="so it is"))
+    assert run("maintenance", *words) == (0, "so it is\n", "")
+    body = agent.asked[0][2]
+    assert (body["on"], body["for_shutdown"]) == (on, for_shutdown)
+    assert run("maintenance", "perhaps")[0] == 2
+
+
+def test_maintenance_that_could_not_empty_the_host(agent: FakeAgent, run: Run) -> None:
+    error = api.ErrorBody("maintenance-left", "host1 is in maintenance, but not free: vm2: it is solo here")
+    agent.say("POST /v1/maintenance", job("failed", kind="maintenance", error=error))
+    code, _, err = run("maintenance", "on")
+    assert code == 1 and "vm2" in err
+
+
 def test_set(agent: FakeAgent, run: Run) -> None:
     agent.say("POST /v1/protections/vm1/set", changed(delay_ms=50))
     assert run("set", "vm1", "--delay", "50ms") == (0, "vm1: a checkpoint every 50ms\n", "")

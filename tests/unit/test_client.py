@@ -241,7 +241,7 @@ def _unordered(schema: Any) -> Any:
         api.Status, api.Protection, api.Checkpoints, api.Quantiles, api.Network, api.NicStatus,
         api.DiskStatus, api.LinkStatus, api.ArbiterStatus, api.Versions, api.JobBody, api.EventBody,
         api.ErrorBody, api.Events, api.PeerBody, api.Peers, api.ProtectRequest, api.ActRequest,
-        api.SetRequest,
+        api.SetRequest, api.MaintenanceRequest,
     ],
 )  # fmt: skip
 def test_every_field_is_documented(kind: type[msgspec.Struct]) -> None:

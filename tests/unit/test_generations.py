@@ -11,6 +11,7 @@ from mcft.generations import (
     Kind,
     Ledger,
     Side,
+    belongs,
     disk_labels,
     first_generation,
     knows_who_went_on,
@@ -299,3 +300,76 @@ def test_a_loser_may_take_up_a_win_given_back() -> None:
     assert own.won and own.owned == G + 2 and may_open_primary(own)
     own.append(Kind.SPOKEN, G + 2)
     assert own.spoken and not may_open_primary(own)
+
+
+# ---- after both hosts were down ----
+
+COLD: dict[str, tuple[Side, list[Kind]]] = {
+    "led": ("primary", WAYS["primary"][Kind.PROTECTED]),
+    "died": ("primary", WAYS["primary"][Kind.DIED]),
+    "resigned": ("primary", WAYS["primary"][Kind.RESIGNED]),
+    "solo": ("primary", WAYS["primary"][Kind.SOLO]),
+    "lost": ("primary", WAYS["primary"][Kind.LOST]),
+    "shut down": ("primary", WAYS["primary"][Kind.ENDED]),
+    "followed": ("standby", [P, Kind.ARMED]),
+    "took over": ("standby", [P, Kind.ARMED, Kind.TAKEN]),
+    "gave up": ("standby", [P, Kind.ARMED, Kind.GIVEN_UP]),
+    "not whole": ("standby", [P, Kind.NOT_WHOLE]),
+    "half a copy": ("standby", [P]),
+    "let go": ("standby", [P, Kind.ARMED, Kind.ENDED]),
+}
+
+
+def cold(word: str, g: int = G, pid: str = "p") -> Ledger:
+    side, kinds = COLD[word]
+    ledger = Ledger(pid, side, g)
+    for kind in kinds:
+        ledger.append(kind)
+    if ledger.won:
+        ledger.append(Kind.SPOKEN, ledger.owned)
+    return ledger
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "where"),
+    [
+        ("led", "followed", "here"), ("died", "followed", "here"), ("resigned", "followed", "here"), ("died", "gave up", "here"),
+        ("died", "half a copy", "here"), ("died", "not whole", "here"), ("died", "took over", "there"),
+        ("resigned", "took over", "there"), ("lost", "took over", "there"), ("solo", "gave up", "here"),
+        ("solo", "took over", "both"), ("solo", "followed", "here"), ("shut down", "let go", "here"),
+        ("shut down", "took over", "there"),
+        ("led", "", "unknown"), ("died", "", "unknown"), ("resigned", "", "unknown"), ("followed", "", "unknown"),
+        ("solo", "", "here"), ("took over", "", "here"), ("shut down", "", "here"), ("lost", "", "there"),
+        ("gave up", "", "there"), ("not whole", "", "there"), ("half a copy", "", "there"), ("let go", "", "there"),
+    ],
+)  # fmt: skip
+def test_where_a_domain_belongs_after_both_hosts_were_down(ours: str, theirs: str, where: str) -> None:
+    other_way = {"here": "there", "there": "here"}
+    assert belongs(cold(ours), cold(theirs) if theirs else None) == where
+    if theirs:
+        assert belongs(cold(theirs), cold(ours)) == other_way.get(where, where)
+
+
+def test_the_newer_generation_starts_whatever_instance_it_is_of() -> None:
+    assert belongs(cold("solo", 2, "old"), cold("took over", 5)) == "there"
+    assert belongs(cold("solo", 5), cold("solo", 2, "old")) == "here"
+    assert belongs(cold("solo", 2, "old"), cold("led", 5)) == "there"
+    assert belongs(cold("died", 5), cold("solo", 2, "old")) == "unknown"
+    assert belongs(cold("died", 5), cold("followed", 5, "other")) == "unknown"
+
+
+def test_a_win_that_was_given_back_starts_on_the_other_side() -> None:
+    ledger = Ledger("p", "standby", G)
+    for kind in (P, Kind.ARMED, Kind.TAKEN):
+        ledger.append(kind)
+    ledger.append(Kind.RESIGNED, G + 1)
+    assert belongs(ledger, cold("died")) == "there"
+    assert belongs(cold("died"), ledger) == "here"
+
+
+def test_no_two_hosts_both_start_it() -> None:
+    """Whatever the two sides' records of one instance are."""
+    for ours, theirs in itertools.product(COLD, COLD):
+        if COLD[ours][0] != COLD[theirs][0]:
+            pair = {belongs(cold(ours), cold(theirs)), belongs(cold(theirs), cold(ours))}
+            assert pair in ({"here", "there"}, {"both"}, {"unknown"}), (ours, theirs, pair)

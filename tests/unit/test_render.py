@@ -175,3 +175,8 @@ def test_progress_on_a_terminal_is_a_bar() -> None:
         show(job(step="copy [vda]", progress=0.5))
         show(job(step="copy [vda]"))
     assert "copy [vda]" in out.getvalue()
+
+
+def test_maintenance_is_said_first() -> None:
+    text = render.status_text(api.Status("host1", maintenance=True))
+    assert "MAINTENANCE" in text and "mcft maintenance off" in text

@@ -79,7 +79,7 @@ async def ask_tls(scene: SimpleNamespace, name: str, method: str, path: str, **k
 async def lives(scene: SimpleNamespace) -> bool:
     return await ask(scene.local(), "GET", "/v1/status") == (
         200,
-        {"host": "host1", "protections": [], "version": 1},
+        {"host": "host1", "protections": [], "version": 1, "maintenance": False},
     )
 
 

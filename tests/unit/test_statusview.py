@@ -129,3 +129,14 @@ def test_what_the_gate_says_is_what_is_read() -> None:
     source = "".join(inspect.getsource(c.status) for c in (Gate, Primary, Standby))
     for key in {*PRIMARY_GATE, *STANDBY_GATE}:
         assert f'"{key}"' in source
+
+
+def test_a_dead_guest_whose_peer_is_silent_is_not_sent_to_solo() -> None:
+    step = statusview.next_step(body("muted"), "host1", running=False)
+    assert step is not None and "mcft start vm1" in step and "solo" not in step
+
+
+@pytest.mark.parametrize("state", ["solo", "active", "unprotected"])
+def test_maintenance_is_what_keeps_it_without_a_standby(state: str) -> None:
+    step = statusview.next_step(body(state), "host1", in_maintenance="host2")
+    assert step is not None and "on host2: mcft maintenance off" in step
