@@ -243,8 +243,11 @@ ACTS = [
     ("POST", "/v1/protections/vm1/unprotect", b"{}"),
     ("POST", "/v1/protections/vm1/solo", b'{"force": true, "peer_is_off": true}'),
     ("POST", "/v1/protections/vm1/failover", b'{"force": true, "peer_is_off": true}'),
+    ("POST", "/v1/protections/vm1/start", b'{"accept_lost_data": true}'),
     ("POST", "/v1/protections/vm1/set", b'{"delay_ms": 5000}'),
+    ("POST", "/v1/maintenance", b'{"on": true}'),
 ]
+VERBS = ("hello", "records", "take", "give-up", "discard", "ended", "start", "go-alone")
 
 
 def test_who_may_not() -> None:
@@ -253,7 +256,7 @@ def test_who_may_not() -> None:
     Fails if a certificate of the CA were enough, or if peers' routes were open to any that is not a peer.
     """
     with unharmed(), ThreadPoolExecutor(4) as pool:
-        peers = [("POST", f"/v1/peer/{v}", about()) for v in ("hello", "records", "take", "give-up", "discard", "ended")]
+        peers = [("POST", f"/v1/peer/{v}", about()) for v in VERBS]
         for host in HOSTS:
             answers = list(pool.map(lambda ask, host=host: to(host, request(*ask), "stranger"), ACTS + peers))
             for answer in answers:

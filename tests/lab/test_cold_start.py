@@ -67,7 +67,7 @@ def test_the_standby_had_taken_over() -> None:
     protect(H1)
     H1.power_off()
     H2.await_state("active")
-    assert redis("set", "after-take-over", "yes") == "OK"
+    until(lambda: redis("set", "after-take-over", "yes") == "OK", 20, "redis writes")
     H2.power_off()
     back(H1)
     refused(H1)
