@@ -30,6 +30,8 @@ UNPROTECTABLE = {
     "devices/video/driver[@name='vhostuser']/..": "a vhost-user GPU",
     "devices/video/model/acceleration[@accel3d='yes']/../..": "a GPU with 3D acceleration (virgl)",
     "launchSecurity": "memory that its CPU encrypts (SEV, TDX)",
+    "os/nvram[@type='block']": "firmware variables (NVRAM) on a block device",
+    "os/nvram[@type='network']": "firmware variables (NVRAM) on network storage",
 }
 # Where → (code, what): output that no buffer holds. Consoles that are a serial port's other name are listed as that.
 OUTPUTS = {
@@ -156,6 +158,14 @@ def outputs(xml: str) -> list[tuple[str, str]]:
                 seen.add(element)
                 found[code] = what
     return list(found.items())
+
+
+def nvram(xml: str) -> str:
+    """The file of the firmware's variables; empty if there is none."""
+    element = ET.fromstring(xml).find("./os/nvram")
+    if element is None:
+        return ""
+    return _attribute(element, "source", "file") or (element.text or "").strip()
 
 
 def machine(xml: str) -> str:
