@@ -251,15 +251,17 @@ def meminfo(text: str) -> dict[str, int]:
     return {row[0]: int(row[1]) * (1024 if row[2:] == ["kB"] else 1) for row in rows if len(row) >= 2}
 
 
-async def firmware(scene: Scene) -> Finding:
-    """Whether the firmware's code is there: libvirt names its file, and that is not sent."""
-    loader = (scene.root.findtext("./os/loader") or "").strip()
-    if loader and not os.path.exists(loader):
-        raise Refused(
-            "no-firmware", f"{scene.host} has no {loader}", "the domain names it as its firmware",
-            f"install the same firmware package (OVMF, edk2) on {scene.host}",
-        )  # fmt: skip
-    return Finding("ok", "firmware", f"{scene.host} has {loader or 'the firmware that comes with QEMU'}")
+async def files(scene: Scene) -> Finding:
+    """Whether the files are there that libvirt opens for the copy and that nobody sends: firmware, kernel, media."""
+    wanted = domainxml.files_at_the_same_path(scene.request.xml, scene.request.disk_paths)
+    for path, what in wanted.items():
+        if not os.path.exists(path):
+            medium = what.startswith("the medium")
+            raise Refused(
+                "no-file", f"{scene.host} has no {path}", f"the domain names it as {what}",
+                "copy it there, or eject it (virsh change-media)" if medium else f"install the same package on {scene.host}",
+            )  # fmt: skip
+    return Finding("ok", "files-there", f"{scene.host} has {', '.join(wanted) or 'no file of the domain, as none is needed'}")
 
 
 async def room(scene: Scene) -> Finding:
@@ -344,4 +346,4 @@ def host_cpu(path: str = "/proc/cpuinfo") -> tuple[str, str]:
     return found.get("model name", ""), " ".join(sorted(found.get("flags", "").split()))
 
 
-FITS: tuple[Callable[[Scene], Awaitable[Finding]], ...] = (machine, firmware, cpu, networks, memory, room)
+FITS: tuple[Callable[[Scene], Awaitable[Finding]], ...] = (machine, files, cpu, networks, memory, room)

@@ -125,7 +125,7 @@ def test_a_guest_with_uefi(uefi: None, load: Load) -> None:
     """
     assert variables(H1) != H1.sh("sha256sum /usr/share/OVMF/OVMF_VARS_4M.fd").split()[:1], "the firmware wrote nothing"
     _, answer = check()
-    assert "unbuffered-nvram" in codes(answer, "warning") and "firmware" in codes(answer, "ok")
+    assert "unbuffered-nvram" in codes(answer, "warning") and "files-there" in codes(answer, "ok")
     protect(H1, timeout=90)
     assert variables(H2) == variables(H1)
     H1.mcft("unprotect", "vm1")
