@@ -62,6 +62,7 @@ cd "$r"
 pivot_root . old-root
 exec 2>&1
 umount -l /old-root
+mount --make-rshared / # as on any host: units with a view of their own see what is mounted later
 if [ -e /etc/systemd/system/lab.target ]; then
     exec env -i container=other PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin LANG=C.UTF-8 \
         /lib/systemd/systemd --show-status=false

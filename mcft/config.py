@@ -28,6 +28,7 @@ REPROTECT_MAX_MS = 24 * 3_600_000
 PORTS_PER_PROTECTION = 3
 
 StreamTls = Literal["off", "opportunistic", "required"]
+Reserve = Literal["used", "full"]
 
 # `etcd` and `fence` join when their rooms exist: a kind that is accepted and not honoured would be unsafe.
 ARBITERS = ("standby",)
@@ -70,6 +71,7 @@ class Config:
     socket_group: str = "libvirt"
     tls: StreamTls = "required"
     lan_check: tuple[str, ...] = ()
+    reserve: Reserve = "used"
 
     @property
     def socket_path(self) -> Path:
@@ -155,6 +157,7 @@ def parse(text: str, origin: str = str(DEFAULT_PATH)) -> Config:
     reprotect.take(values, "reprotect_after_ms", "after", _reprotect_after)
     reprotect.take(values, "reprotect_after_restart_ms", "after_restart", _reprotect_after)
 
+    top.table("disks").take(values, "reserve", "reserve", _one_of(get_args(Reserve)))
     top.table("lan").take(values, "lan_check", "check", _peer_addresses)
     top.table("arbiter").take(values, "arbiter", "kind", _one_of(ARBITERS))
 

@@ -180,12 +180,15 @@ def _nbd(target: str, node: str, there: Endpoint) -> dict[str, Any]:
 
 
 async def start_mirrors(qmp: Qmp, disks: list[Disk], there: Endpoint) -> None:
-    """Begin copying every disk to the standby's exports. Raises: QmpError (standby not reachable, export missing…)."""
+    """Begin copying every disk to the standby's exports. Raises: QmpError (standby not reachable, export missing…).
+
+    What is exported was made empty for this instance, so holes need not be written: they stay holes.
+    """
     for disk in disks:
         await qmp.execute("blockdev-add", **_nbd(disk.target, f"mcft-s-{disk.target}", there))
         await qmp.execute(
             "blockdev-mirror", job_id=f"mcft-m-{disk.target}", device=quorum(disk.target),
-            target=f"mcft-s-{disk.target}", sync="full", auto_dismiss=False,
+            target=f"mcft-s-{disk.target}", sync="full", auto_dismiss=False, target_is_zero=True,
         )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import threading
+import xml.etree.ElementTree as ET
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -44,6 +45,16 @@ class DomainInfo:
     persistent: bool
     autostart: bool
     qemu_pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """A storage pool. target: its folder; mounted: the folder is another file system, there only while it is active."""
+
+    name: str
+    target: str
+    active: bool
+    mounted: bool
 
 
 def _run_events() -> None:
@@ -249,6 +260,28 @@ class LibvirtHost:
             return _text(libvirt_qemu.qemuMonitorCommand(domain, json.dumps(command), 0))
 
         return json.loads(await self.call(work, timeout_s))
+
+    async def pools(self) -> list[Pool]:
+        """The storage pools of folders; none where libvirt has no storage driver."""
+
+        def work(conn: Any) -> list[Pool]:
+            found = []
+            for pool in conn.listAllStoragePools(0):
+                root = ET.fromstring(pool.XMLDesc(0))
+                target, mounted = root.findtext("./target/path") or "", root.get("type") in ("fs", "netfs")
+                if mounted or root.get("type") == "dir":
+                    found.append(Pool(pool.name(), target, bool(pool.isActive()), mounted))
+            return found
+
+        try:
+            return await self.call(work)
+        except Failed as error:
+            log.warning("libvirt's storage pools can't be listed: %s", error)
+            return []
+
+    async def refresh_pool(self, name: str) -> None:
+        """Let a pool see what was made or removed in its folder (virStoragePoolRefresh). Raises: Failed."""
+        await self.call(lambda conn: conn.storagePoolLookupByName(name).refresh(0), timeout_s=60)
 
     async def versions(self) -> dict[str, str]:
         """{"libvirt": "11.3.0", "qemu": "11.1.3"} of the daemon and its default emulator."""

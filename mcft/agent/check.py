@@ -11,10 +11,10 @@ import os
 import secrets
 import time
 import xml.etree.ElementTree as ET
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mcft import __version__, api, netbuffer, streams
-from mcft.agent import checkpeer, domainxml, model, prediction
+from mcft.agent import checkpeer, diskfiles, domainxml, model, prediction
 from mcft.agent.findings import Findings, exit_code
 from mcft.engines import tcg
 from mcft.errors import Failed, McftError, NotFound, Refused
@@ -175,8 +175,10 @@ class Checker:
         for code, what in domainxml.outputs(live):
             says, why, so = f"the domain has {what}, which is not buffered", UNBUFFERED, "fine if nobody acts on what it says"
             if code == "nvram":
-                says, why = f"the domain has {what}", "what the guest changes there is not replicated"
-                so = "fine if it changes nothing"
+                # QEMU (hw/block/pflash_cfi01.c) keeps them in memory, and writes the whole file when a loaded guest runs.
+                says = f"the domain has {what}, copied when it is protected"
+                why = "changes follow with the memory; the file is written after each checkpoint, not with it"
+                so = "fine if its firmware is not updated under protection"
             self.findings.warn(f"unbuffered-{code}", says, why, so)
 
     # ---- the peer ----
@@ -185,7 +187,7 @@ class Checker:
         request = await self.findings.tried(self._prepare(life))
         if request is None:
             return
-        ask = checkpeer.Ask(secrets.token_hex(8), request, await actual_bytes(life))
+        ask = checkpeer.Ask(secrets.token_hex(8), request)
         before_s = time.time()
         try:
             theirs = await self.site.ask(self.peer, "check", ask, checkpeer.Found, PEER_S)
@@ -211,7 +213,8 @@ class Checker:
             body.uuid, body.domain, "", max(highest, theirs.highest_g) + 1, "", body.delay_ms, body.engine, config.loss_ms,
             await self.site.host.xml(body.uuid, migratable=True), body.xml, body.autostart, body.disks, [],
             body.disk_paths, body.overwrite, qemu=self.qemu,
-            tls=streams.offer(config.tls, config.qemu_pki_dir, config.name),
+            tls=streams.offer(config.tls, config.qemu_pki_dir, config.name), files=await diskfiles.of_domain(life),
+            nvram=diskfiles.read_nvram(body.nvram) if body.nvram else None,
         )  # fmt: skip
 
     def _compare(self, life: Primary, theirs: checkpeer.Found, before_s: float, after_s: float) -> None:
@@ -338,21 +341,3 @@ def cpu_warning(root: ET.Element, ours: tuple[str, str], theirs: tuple[str, str]
         return ""
     lacking = sorted(set(ours[1].split()) - set(theirs[1].split()))
     return f"{ours[0]} here, {theirs[0]} there" + (f", which lacks {', '.join(lacking[:8])}" if lacking else "")
-
-
-async def actual_bytes(life: Primary) -> dict[str, int]:
-    """Target → what the disk, with its backing chain, takes now. QEMU: `query-block`."""
-    nodes: dict[str, int] = {}
-    for row in await life.qmp.execute("query-block"):
-        if inserted := row.get("inserted"):
-            nodes[inserted.get("node-name", "")] = chain_bytes(inserted.get("image", {}))
-    return {disk.target: nodes.get(disk.node, 0) for disk in life.body.disks}
-
-
-def chain_bytes(image: dict[str, Any]) -> int:
-    """actual-size of an image and of all that back it. QEMU: `ImageInfo`."""
-    total = 0
-    while image:
-        total += int(image.get("actual-size", 0))
-        image = image.get("backing-image", {})
-    return total

@@ -11,12 +11,12 @@ import os
 import time
 import xml.etree.ElementTree as ET
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
-from mcft.agent import domainxml, model
+from mcft.agent import diskfiles, domainxml, model
 from mcft.agent.findings import Findings
 from mcft.agent.qemuprobe import QemuProbe, trustworthy
 from mcft.api import Finding
@@ -36,14 +36,10 @@ INCOMPATIBLE = 0  # VIR_CPU_COMPARE_INCOMPATIBLE
 
 
 class Ask(msgspec.Struct, frozen=True):
-    """id: of this check (peers ask on several links at once). prepare: as for the verb `prepare`, without keys and ports.
-
-    actual_bytes: target → what the disk takes on the primary.
-    """
+    """id: of this check (peers ask on several links at once). prepare: as for the verb `prepare`, without keys and ports."""
 
     id: str
     prepare: model.Prepare
-    actual_bytes: dict[str, int] = {}
 
 
 class Found(msgspec.Struct, frozen=True):
@@ -65,7 +61,6 @@ class Scene:
     core: Core
     peer: str
     request: model.Prepare
-    actual_bytes: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.root = ET.fromstring(self.request.xml)
@@ -82,13 +77,13 @@ class Scene:
 
 async def look(core: Core, peer: str, ask: Ask) -> Found:
     """Everything `prepare` would refuse, and what this host has. Raises nothing that a check could say."""
-    scene, findings, site = Scene(core, peer, ask.prepare, ask.actual_bytes), Findings(), core.site
+    scene, findings, site = Scene(core, peer, ask.prepare), Findings(), core.site
     request = ask.prepare
     await findings.tried(core.may_receive(peer, request, core.lives.get(request.uuid)))
     proof = site.hook.prove(scene.host, domainxml.machine(request.persistent_xml))
     await findings.tried(proof, "hook", f"libvirt calls mcft's hook on {scene.host}")
     probe = QemuProbe(scene.of_domain()[0] or "")
-    for work in (*(check(scene) for check in (*FITS, room, overwrite)), engine(scene, probe)):
+    for work in (*(check(scene) for check in (*FITS, overwrite)), engine(scene, probe)):
         if (finding := await findings.tried(work)) is not None:
             findings.found.append(finding)
     versions = dict(site.versions) | ({"qemu": probe.version} if probe.version else {})
@@ -256,31 +251,49 @@ def meminfo(text: str) -> dict[str, int]:
     return {row[0]: int(row[1]) * (1024 if row[2:] == ["kB"] else 1) for row in rows if len(row) >= 2}
 
 
+async def files(scene: Scene) -> Finding:
+    """Whether the files are there that libvirt opens for the copy and that nobody sends: firmware, kernel, media."""
+    wanted = domainxml.files_at_the_same_path(scene.request.xml, scene.request.disk_paths)
+    for path, what in wanted.items():
+        if not os.path.exists(path):
+            medium = what.startswith("the medium")
+            raise Refused(
+                "no-file", f"{scene.host} has no {path}", f"the domain names it as {what}",
+                "copy it there, or eject it (virsh change-media)" if medium else f"install the same package on {scene.host}",
+            )  # fmt: skip
+    return Finding("ok", "files-there", f"{scene.host} has {', '.join(wanted) or 'no file of the domain, as none is needed'}")
+
+
 async def room(scene: Scene) -> Finding:
     """Space for the disks, beside what the standbys that are here may still write."""
-    need: dict[int, list[int]] = {}  # device → [what the disks take now, what they may grow to]
+    pools, place_of = await scene.site.host.pools(), diskfiles.paths(scene.request)
+    need: dict[int, tuple[int, int]] = {}  # device → (what is taken beforehand or at once, what it may grow to)
     folder_of: dict[int, str] = {}
     for disk in scene.request.disks:
-        folder = existing(os.path.dirname(scene.request.disk_paths.get(disk.target, disk.path)))
+        path = place_of[disk.target]
+        diskfiles.refuse_unmounted(pools, path, scene.host)
+        folder = existing(os.path.dirname(path))
         device = os.stat(folder).st_dev
         folder_of[device] = folder
-        now_and_all = need.setdefault(device, [0, 0])
-        now_and_all[0] += scene.actual_bytes.get(disk.target, 0)
-        now_and_all[1] += disk.size_bytes
-    for device, (now, whole) in need.items():
+        file = scene.request.files.get(disk.target, model.DiskFile())
+        at_once, most = diskfiles.needs(disk, file, scene.site.config.reserve)
+        freed = os.stat(path).st_blocks * 512 if os.path.exists(path) else 0
+        before = need.get(device, (0, 0))
+        need[device] = before[0] + at_once - freed, before[1] + most - freed
+    for device, (at_once, most) in need.items():
         place = os.statvfs(folder_of[device])
         free = place.f_bavail * place.f_frsize - promised_room(scene, device)
         what = f"{format_bytes(max(free, 0))} free in {folder_of[device]}"
-        if free < now:
+        if free < at_once:
             raise Refused(
-                "no-room", f"{scene.host} has {what}", f"the disks take {format_bytes(now)}",
+                "no-room", f"{scene.host} has {what}", f"the disks take {format_bytes(at_once)} of it",
                 "make room, or put them elsewhere (--disk TARGET=PATH)",
             )  # fmt: skip
-        if free < whole:
-            reason = f"the disks may grow from {format_bytes(now)} to {format_bytes(whole)}; a full disk ends the protection"
+        if free < most:
+            reason = f"the disks may grow from {format_bytes(at_once)} to {format_bytes(most)}; a full disk ends the protection"
             return Finding("warning", "room", f"{scene.host} has {what}", reason, "make room before they grow")
-    most = format_bytes(sum(whole for _, whole in need.values()))
-    return Finding("ok", "room", f"{scene.host} has room for the disks: {most} at most")
+    total = format_bytes(max(sum(most for _, most in need.values()), 0))
+    return Finding("ok", "room", f"{scene.host} has room for the disks: {total} at most")
 
 
 def promised_room(scene: Scene, device: int) -> int:
@@ -303,10 +316,9 @@ def existing(folder: str) -> str:
 async def overwrite(scene: Scene) -> Finding:
     """Whether the disks' files may be made, and both sides agree on TLS. Raises what the copy's own step would."""
     copy = scene.core.would_be_standby(scene.request, scene.peer)
-    for disk in scene.request.disks:
-        path = scene.request.disk_paths.get(disk.target, disk.path)
+    for target, path in diskfiles.paths(scene.request).items():
         if os.path.exists(path):
-            copy._may_overwrite(disk, path)
+            copy._may_overwrite(target, path)
     tls = "encrypted" if copy.body.tls else "in the clear"
     return Finding("ok", "files", f"the disks' files may be written on {scene.host}; checkpoints and disk blocks go {tls}")
 
@@ -334,4 +346,4 @@ def host_cpu(path: str = "/proc/cpuinfo") -> tuple[str, str]:
     return found.get("model name", ""), " ".join(sorted(found.get("flags", "").split()))
 
 
-FITS: tuple[Callable[[Scene], Awaitable[Finding]], ...] = (machine, cpu, networks, memory)
+FITS: tuple[Callable[[Scene], Awaitable[Finding]], ...] = (machine, files, cpu, networks, memory, room)

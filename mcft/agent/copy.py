@@ -9,13 +9,13 @@ import shutil
 from typing import Any
 
 from mcft import diskreplica, streams
-from mcft.agent import domainxml, hook, model, network
+from mcft.agent import diskfiles, domainxml, hook, model, network
 from mcft.agent.process import run
-from mcft.agent.site import Life
+from mcft.agent.site import Life, log
 from mcft.agent.steps import Step
 from mcft.diskreplica import Disk
 from mcft.engines import tcg
-from mcft.errors import Failed, Refused
+from mcft.errors import Failed, McftError, Refused
 from mcft.gate.state import GateState, LinkSpec, process_start
 from mcft.generations import Kind
 from mcft.libvirt_bridge import DomainInfo
@@ -74,32 +74,32 @@ class Copy(Life):
         self.site.markers.forget(self.body.uuid)
 
     async def _make_files(self) -> None:
-        """An empty file per disk; one that exists is only overwritten with a reason (`protocol.md`, "A receiver…")."""
-        for disk in self.request.disks:
-            path = self.body.disk_paths.get(disk.target, disk.path)
+        """An empty file per disk, and the firmware's variables; one that exists is only overwritten with a reason
+        (`protocol.md`, "A receiver…")."""
+        files, disks = diskfiles.paths(self.request), {disk.target: disk for disk in self.request.disks}
+        for target, path in files.items():
             if os.path.exists(path):
-                self._may_overwrite(disk, path)
+                self._may_overwrite(target, path)
             else:
-                os.makedirs(os.path.dirname(path), exist_ok=True)
                 self.body.created_files.append(path)
             await self.save()
-            temporary = f"{path}.mcft-new"
-            await run("qemu-img", "create", "-q", "-f", disk.format, temporary, str(disk.size_bytes))
-            self._reserve(disk, temporary)
-            if os.path.exists(path):
-                stat = os.stat(path)
-                os.chown(temporary, stat.st_uid, stat.st_gid)
-                os.chmod(temporary, stat.st_mode & 0o7777)
-            os.replace(temporary, path)
+            if target in disks:
+                known = self.request.files.get(target, model.DiskFile())
+                await diskfiles.make(path, disks[target], known, self.site.config.reserve)
+            elif self.request.nvram is not None:
+                await asyncio.to_thread(diskfiles.make_nvram, self.request.nvram, path)
+        await self._tell_pools(list(files.values()))
 
-    def _reserve(self, disk: Disk, path: str) -> None:
-        free = shutil.disk_usage(os.path.dirname(path)).free
-        if free < disk.size_bytes // 20 and free < 64 << 20:
-            os.unlink(path)
-            raise Refused("no-room", f"no room for disk {disk.target} in {os.path.dirname(path)}", f"{free >> 20} MiB are free")
+    async def _tell_pools(self, files: list[str]) -> None:
+        """libvirt's pools learn of files that came or went in their folders. A protection does not hang on that."""
+        for name in diskfiles.pools_of(await self.site.host.pools(), files):
+            try:
+                await self.site.host.refresh_pool(name)
+            except McftError as error:
+                log.warning("%s: the storage pool %s was not refreshed: %s", self.body.domain, name, error)
 
-    def _may_overwrite(self, disk: Disk, path: str) -> None:
-        label_path = os.path.join(self.site.config.state_dir, "labels", self.body.uuid, disk.target)
+    def _may_overwrite(self, target: str, path: str) -> None:
+        label_path = os.path.join(self.site.config.state_dir, "labels", self.body.uuid, target)
         label = ""
         if os.path.exists(label_path):
             with open(label_path, encoding="utf-8") as file:
@@ -107,18 +107,18 @@ class Copy(Life):
         ours = label.rstrip().endswith(f" {path}") and label.split()[0].split("(")[0] in ("stale", "syncing", "bad", "following")
         if ours or path in self.request.overwrite:
             return
+        what = "these firmware variables" if target == diskfiles.NVRAM else f"disk {target}"
         raise Refused(
-            "file-exists",
-            f"{path} exists on {self.site.config.name}, and mcft does not know it as an old copy of disk {disk.target}",
-            "protecting would overwrite it",
-            f"if it may be lost: --overwrite {path}",
-        )
+            "file-exists", f"{path} exists on {self.site.config.name}, and mcft does not know it as an old copy of {what}",
+            "protecting would overwrite it", f"if it may be lost: --overwrite {path}",
+        )  # fmt: skip
 
     async def _remove_files(self) -> None:
         diskreplica.remove_overlay_files(self.body.disks, self.body.g)
         for path in self.body.created_files:
             if os.path.exists(path):
                 os.unlink(path)
+        await self._tell_pools(self.body.created_files)
         folder = os.path.join(self.site.config.state_dir, "labels", self.body.uuid)
         if self.body.created_files and os.path.isdir(folder):
             shutil.rmtree(folder)
@@ -234,5 +234,6 @@ def make_body(request: model.Prepare, config: Any, peer: str) -> model.Body:
     return model.Body(
         request.uuid, request.domain, request.pid, request.g, "standby", peer, engine="colo", delay_ms=request.delay_ms,
         key=request.key, xml=request.persistent_xml, autostart=request.autostart, disk_paths=dict(request.disk_paths),
-        links=links, buffer="none", tls=streams.settle(request.tls, config.tls, config.qemu_pki_dir, config.name),
+        nvram=request.nvram.path if request.nvram else "", links=links, buffer="none",
+        tls=streams.settle(request.tls, config.tls, config.qemu_pki_dir, config.name),
     )  # fmt: skip

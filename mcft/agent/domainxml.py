@@ -6,7 +6,9 @@ libvirt: https://libvirt.org/formatdomain.html. Aliases (`virtio-disk0`, `net0`)
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass
 
@@ -30,6 +32,8 @@ UNPROTECTABLE = {
     "devices/video/driver[@name='vhostuser']/..": "a vhost-user GPU",
     "devices/video/model/acceleration[@accel3d='yes']/../..": "a GPU with 3D acceleration (virgl)",
     "launchSecurity": "memory that its CPU encrypts (SEV, TDX)",
+    "os/nvram[@type='block']": "firmware variables (NVRAM) on a block device",
+    "os/nvram[@type='network']": "firmware variables (NVRAM) on network storage",
 }
 # Where → (code, what): output that no buffer holds. Consoles that are a serial port's other name are listed as that.
 OUTPUTS = {
@@ -76,7 +80,7 @@ def disk_refusals(xml: str) -> list[Refused]:
 def _writable(element: ET.Element) -> XmlDisk | None:
     """One `<disk>`; None if its guest can't write it."""
     target = _attribute(element, "target", "dev")
-    if element.find("readonly") is not None or element.get("device") == "cdrom":
+    if _read_only(element):
         return None
     if element.get("device", "disk") != "disk":
         raise Refused(
@@ -158,6 +162,29 @@ def outputs(xml: str) -> list[tuple[str, str]]:
     return list(found.items())
 
 
+def nvram(xml: str) -> str:
+    """The file of the firmware's variables; empty if there is none."""
+    element = ET.fromstring(xml).find("./os/nvram")
+    if element is None:
+        return ""
+    return _attribute(element, "source", "file") or (element.text or "").strip()
+
+
+def files_at_the_same_path(xml: str, disk_paths: dict[str, str]) -> dict[str, str]:
+    """Path → what it is, of files that the copy opens and nobody makes: firmware, kernel, media that are only read."""
+    root, found = ET.fromstring(xml), {}
+    for tag, what in (("loader", "its firmware"), ("kernel", "its kernel"), ("initrd", "its initrd"), ("dtb", "its device tree")):
+        if path := (root.findtext(f"./os/{tag}") or "").strip():
+            found[path] = what
+    for element in root.iterfind("./devices/disk"):
+        target = _attribute(element, "target", "dev")
+        path = disk_paths.get(target) or _attribute(element, "source", "file")
+        optional = _attribute(element, "source", "startupPolicy") in ("optional", "requisite")
+        if path and _read_only(element) and not optional:
+            found[path] = f"the medium in its {element.get('device', 'disk')} {target}"
+    return found
+
+
 def machine(xml: str) -> str:
     """`<os><type …/></os>` alone, for a probe domain that must never boot."""
     os_type = ET.fromstring(xml).find("./os/type")
@@ -167,7 +194,7 @@ def machine(xml: str) -> str:
 
 def standby(migratable_xml: str, disk_paths: dict[str, str]) -> str:
     """The copy's XML: the primary's, with the standby's paths, waiting for a stream (`-incoming defer`)."""
-    root = ET.fromstring(migratable_xml)
+    root = _parsed(migratable_xml)
     _move_disks(root, disk_paths)
     commandline = root.find(f"{{{QEMU_NS}}}commandline")
     if commandline is None:
@@ -179,9 +206,17 @@ def standby(migratable_xml: str, disk_paths: dict[str, str]) -> str:
 
 def moved(persistent_xml: str, disk_paths: dict[str, str]) -> str:
     """The persistent definition for the other host: the same with that host's paths."""
-    root = ET.fromstring(persistent_xml)
+    root = _parsed(persistent_xml)
     _move_disks(root, disk_paths)
     return ET.tostring(root, encoding="unicode")
+
+
+def _parsed(xml: str) -> ET.Element:
+    """The XML, to be written with the prefixes that it came with (a tool's metadata has its own)."""
+    for _, (prefix, uri) in ET.iterparse(io.StringIO(xml), ("start-ns",)):
+        if prefix and not re.fullmatch(r"ns\d+", prefix):  # those are ElementTree's own
+            ET.register_namespace(prefix, uri)
+    return ET.fromstring(xml)
 
 
 def _move_disks(root: ET.Element, disk_paths: dict[str, str]) -> None:
@@ -192,6 +227,14 @@ def _move_disks(root: ET.Element, disk_paths: dict[str, str]) -> None:
             for key in ("file", "dev"):
                 if key in source.attrib:
                     source.set(key, path)
+        # After a snapshot libvirt writes the chain down; the copy's disk is one file, whatever the chain here.
+        chain = element.find("backingStore")
+        if chain is not None and len(chain) and not _read_only(element):
+            element.remove(chain)
+
+
+def _read_only(disk: ET.Element) -> bool:
+    return disk.find("readonly") is not None or disk.get("device") == "cdrom"
 
 
 def _attribute(element: ET.Element, tag: str, name: str) -> str:

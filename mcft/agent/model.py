@@ -65,6 +65,7 @@ class Body(msgspec.Struct):
     tcg: bool = False  # the guest runs without KVM
     tls: bool = False  # checkpoints and disk blocks are encrypted
     route_changed: bool = False  # mcft set `quickack` on the route to the peer
+    nvram: str = ""  # file of the firmware's variables on this host
 
 
 class Hello(msgspec.Struct, frozen=True):
@@ -108,8 +109,30 @@ class Records(msgspec.Struct, frozen=True):
     maintenance: bool = False
 
 
+class DiskFile(msgspec.Struct, frozen=True):
+    """A file of the domain, as the primary has it. taken_bytes: with its backing chain; user, group: names, as libvirt will
+    give it back when the guest ends."""
+
+    taken_bytes: int = 0
+    user: str = "root"
+    group: str = "root"
+    mode: int = 0o600
+
+
+class Nvram(msgspec.Struct, frozen=True):
+    """The firmware's variables. data: zlib; sha256: of what was packed, hexadecimal."""
+
+    path: str
+    data: bytes
+    sha256: str
+    file: DiskFile = DiskFile()
+
+
 class Prepare(msgspec.Struct, frozen=True):
-    """What a standby needs to build its copy. links: as the *standby* sees them (local is its own address)."""
+    """What a standby needs to build its copy. links: as the *standby* sees them (local is its own address).
+
+    files: target → its disk's file; nvram: None for a guest without.
+    """
 
     uuid: str
     domain: str
@@ -130,6 +153,8 @@ class Prepare(msgspec.Struct, frozen=True):
     qemu: str = ""
     buffer: str = "filter"
     tls: StreamTls = "off"  # what the primary asks for, its own certificates being there
+    files: dict[str, DiskFile] = {}
+    nvram: Nvram | None = None
 
 
 class Prepared(msgspec.Struct, frozen=True):

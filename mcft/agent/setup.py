@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mcft import diskreplica, filterbuffer, generations, streams
-from mcft.agent import domainxml, hook, model
+from mcft.agent import diskfiles, domainxml, hook, model
 from mcft.agent.site import Life, boottime_ms, log
 from mcft.agent.steps import Step
 from mcft.errors import Failed, Refused, Unreachable
@@ -83,7 +83,8 @@ class Setup(Life):
             body.uuid, body.domain, body.pid, body.g, body.key, body.delay_ms, body.engine, config.loss_ms,
             await self.site.host.xml(body.uuid, migratable=True), body.xml, body.autostart, body.disks,
             [port] * len(pairs), body.disk_paths, body.overwrite, body.g - 1, self.site.versions.get("qemu", ""), body.buffer,
-            streams.offer(config.tls, config.qemu_pki_dir, config.name),
+            streams.offer(config.tls, config.qemu_pki_dir, config.name), await diskfiles.of_domain(self),
+            diskfiles.read_nvram(body.nvram) if body.nvram else None,
         )  # fmt: skip
         prepared = await self.site.ask(body.peer, "prepare", request, model.Prepared, 90.0)
         body.links = [LinkSpec(local, port, remote, prepared.keepalive_port) for local, remote in pairs]
@@ -261,4 +262,5 @@ async def make_body(site: Any, request: Any, g: int) -> model.Body:
         xml=await site.host.xml(info.uuid, inactive=info.persistent), persistent=info.persistent, autostart=info.autostart,
         disk_paths=dict(request.disks), overwrite=list(request.overwrite), qemu_pid=info.qemu_pid, qemu_start=start,
         boot_id=hook.boot_id(), nics=domainxml.nics(live, domainxml.uses_vhost(info.qemu_pid)),
+        nvram=domainxml.nvram(live),
     )  # fmt: skip

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from mcft import __version__, diskreplica, generations, streams
-from mcft.agent import hook, model, network, overlays
+from mcft.agent import diskfiles, hook, model, network, overlays
 from mcft.agent.events import EventLog
 from mcft.agent.events import utc_now as utc_now
 from mcft.agent.gates import GateLink
@@ -152,11 +152,13 @@ class Life:
         text = generations.disk_labels(primary, standby, committed=not self.body.overlays_g)
         folder = os.path.join(self.site.config.state_dir, "labels", self.body.uuid)
         os.makedirs(folder, exist_ok=True)
-        for disk in self.body.disks:
-            fresh = os.path.join(folder, f"{disk.target}.new")
+        files = {disk.target: disk.path for disk in self.body.disks}
+        files |= {diskfiles.NVRAM: self.body.nvram} if self.body.nvram else {}
+        for target, path in files.items():
+            fresh = os.path.join(folder, f"{target}.new")
             with open(fresh, "w", encoding="utf-8") as file:
-                file.write(f"{text} {self.body.pid} {disk.path}\n")
-            os.replace(fresh, os.path.join(folder, disk.target))
+                file.write(f"{text} {self.body.pid} {path}\n")
+            os.replace(fresh, os.path.join(folder, target))
 
     def forget_labels(self) -> None:
         """Not mcft's disks any more: without a label no later protection overwrites them."""

@@ -154,12 +154,12 @@ class Host:
     def on(self) -> bool:
         return self.root is not None
 
-    def qemu_pid(self) -> int | None:
-        """The pid of vm1's QEMU inside the host, if it lives. libvirtd need not."""
+    def qemu_pid(self, domain: str = "vm1") -> int | None:
+        """The pid of the domain's QEMU inside the host, if it lives. libvirtd need not."""
         root = self.root
         try:
-            pid = int((root / "run/libvirt/qemu/vm1.pid").read_text()) if root else None
-            return pid if pid and b"guest=vm1" in (root / f"proc/{pid}/cmdline").read_bytes() else None  # type: ignore[operator]
+            pid = int((root / f"run/libvirt/qemu/{domain}.pid").read_text()) if root else None
+            return pid if pid and f"guest={domain},".encode() in (root / f"proc/{pid}/cmdline").read_bytes() else None  # type: ignore[operator]
         except (OSError, ValueError):
             return None
 
@@ -180,27 +180,27 @@ class Host:
     def answers(self) -> bool:
         return self.api("/v1/status") is not None
 
-    def status(self) -> dict[str, Any]:
-        """vm1's protection as this agent has it, or {} (none here, or no agent)."""
+    def status(self, domain: str = "vm1") -> dict[str, Any]:
+        """The domain's protection as this agent has it, or {} (none here, or no agent)."""
         answer = self.api("/v1/status") or {"protections": []}
-        return next((p for p in answer.get("protections", []) if p["domain"] == "vm1"), {})
+        return next((p for p in answer.get("protections", []) if p["domain"] == domain), {})
 
-    def state(self) -> str:
-        return self.status().get("state", "")
+    def state(self, domain: str = "vm1") -> str:
+        return self.status(domain).get("state", "")
 
     def events(self) -> list[dict[str, Any]]:
         return list((self.api("/v1/events?domain=vm1") or {}).get("events", []))
 
-    def await_state(self, *states: str, timeout: float = 20.0) -> dict[str, Any]:
-        """Until vm1 is in one of the states here; the status then."""
+    def await_state(self, *states: str, timeout: float = 20.0, domain: str = "vm1") -> dict[str, Any]:
+        """Until the domain is in one of the states here; the status then."""
 
         def reached() -> dict[str, Any]:
-            status = self.status()
+            status = self.status(domain)
             return status if status.get("state") in states else {}
 
         def what() -> str:
-            status = self.status()
-            return f"{self}: vm1 {' or '.join(states)}; it is '{status.get('state', '')}' ({status.get('reason')})"
+            status = self.status(domain)
+            return f"{self}: {domain} {' or '.join(states)}; it is '{status.get('state', '')}' ({status.get('reason')})"
 
         return until(reached, timeout, what)
 
@@ -333,9 +333,9 @@ def _wipe(host: Host) -> None:
     host.sh(
         """systemctl stop --no-block mcft-agent; systemctl kill --signal=KILL mcft-agent 'mcft-gate@*'
         systemctl stop mcft-agent 'mcft-gate@*'
-        virsh -q destroy vm1; virsh -q undefine vm1 --nvram
+        for d in vm1 vm2; do virsh -q destroy $d; virsh -q undefine $d --nvram; rm -f /var/lib/libvirt/images/$d.img*; done
         cd /var/lib/mcft && rm -rf mcft.db* start labels definitions /run/mcft/*
-        rm -f /var/lib/libvirt/images/vm1.img* ; systemctl reset-failed; systemctl start mcft-agent""",
+        systemctl reset-failed; systemctl start mcft-agent""",
         check=False,
     )
     until(host.answers, 20, f"{host}: the agent answers after everything of it was wiped")

@@ -10,7 +10,7 @@ import click
 import pytest
 
 from mcft import api, checktext, errors
-from mcft.agent import check, checkpeer, domainxml, findings, prediction, qemuprobe
+from mcft.agent import check, checkpeer, diskfiles, domainxml, findings, prediction, qemuprobe
 from mcft.errors import Failed, Refused
 
 DOMAINS = Path(__file__).parent / "domains"
@@ -123,7 +123,7 @@ def test_the_nearest_folder(tmp_path: Path) -> None:
 
 
 def test_a_chain_takes_what_its_images_take() -> None:
-    assert check.chain_bytes({"actual-size": 5, "backing-image": {"actual-size": 7, "backing-image": {}}}) == 12
+    assert diskfiles.chain_bytes({"actual-size": 5, "backing-image": {"actual-size": 7, "backing-image": {}}}) == 12
 
 
 # ---- versions, clocks, what is under way ----

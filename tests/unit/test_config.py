@@ -23,7 +23,7 @@ def test_the_packaged_file_says_the_defaults() -> None:
 def test_the_packaged_file_shows_every_key() -> None:
     """An unknown key makes its table list those that it knows; the file must show each of them."""
     text = PACKAGED.read_text()
-    for table in ("", "listen", "ports", "keepalive", "protect", "reprotect", "arbiter", "agent", "tls"):
+    for table in ("", "listen", "ports", "keepalive", "protect", "reprotect", "disks", "arbiter", "agent", "tls"):
         with pytest.raises(Usage) as refusal:
             config.parse(f"[{table}]\nbogus = 1" if table else "bogus = 1")
         for key in refusal.value.message.split("here it knows ")[1].split(", "):

@@ -1,0 +1,61 @@
+"""Two domains, each host the other's standby; and then one host is gone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from watching import Load
+from world import H1, H2, HOSTS, Host, guest, lab, protect, until
+
+
+def redis(*words: str) -> str:
+    """One command to vm2's redis, from cl; its answer."""
+    return lab("run", "cl", "--", "redis-cli", "-t", "2", "-h", "vm2", *words, check=False).stdout.strip()
+
+
+@pytest.fixture
+def vm2(fresh_world: None) -> Iterator[None]:
+    """vm2 runs on h2; afterwards it is nowhere."""
+    lab("vm", "start", "h2", "vm2")
+    try:
+        yield
+    finally:
+        for host in HOSTS:
+            if not host.on:
+                host.power_on()
+        for host in HOSTS:
+            until(host.answers, 20, f"{host}: the agent answers")
+            host.sh("virsh -q destroy vm2; mcft forget vm2 --local --yes", check=False)
+        lab("vm", "clean", "vm2")
+
+
+def flows(host: Host, domain: str) -> bool:
+    return bool(host.status(domain).get("output_flowing"))
+
+
+def test_each_the_others_standby_and_one_host_dies(vm2: None, load: Load) -> None:
+    """vm1 goes to h2; vm2, whose standby died, is muted until the operator's word, and goes on there with all it had.
+
+    Fails if one protection's ports, gates, taps or memory are in the other's way, if what ends one ends the other, or if
+    vm2 says a word before it may.
+    """
+    protect(H1)
+    assert H2.mcft("protect", "vm2", "--to", "host1").returncode == 0
+    H2.await_state("protected", domain="vm2")
+    load.flowing()
+    assert redis("set", "before", "1") == "OK"
+    ends = [H1.qemu_pid("vm1"), H1.qemu_pid("vm2"), H2.qemu_pid("vm1"), H2.qemu_pid("vm2")]
+    assert all(ends) and H1.state() == H2.state("vm2") == "protected"
+    H1.power_off()
+    H2.await_state("active", timeout=20)
+    load.goes_on()
+    H2.await_state("muted", domain="vm2")
+    assert not flows(H2, "vm2") and not redis("set", "held", "1")
+    assert H2.mcft("solo", "vm2", check=False).returncode == 4
+    H2.mcft("solo", "vm2", "--peer-is-off", "--yes")
+    H2.await_state("solo", domain="vm2")
+    until(lambda: redis("get", "before") == "1", 20, "vm2's redis answers, with what it had acknowledged")
+    assert H2.qemu_pid("vm2") == ends[3] and guest("@vm2", "ping") == "pong"
+    H2.await_state("active")
+    load.finished()
