@@ -35,6 +35,7 @@ class Standby:
         self._following = gate.state.record in ("preparing", "armed")
         self._armed_echo_ms = float("-inf")  # when the newest keepalive that we answered with `armed` had arrived
         self._no_echo_until_ms = float("-inf")
+        self._exit_ms = 0.0
         self._took = self._flushed = self._exited = self._waking = False
         self._timing: dict[str, float] = {}
 
@@ -65,15 +66,27 @@ class Standby:
         elif name == "RESUME" and self._flushed and "resume" not in self._timing:
             self._timing["resume"] = now_ms
         elif name == "COLO_EXIT":
-            self._exited = True
+            self._exited, self._exit_ms = True, self._exit_ms or now_ms
             self._dead = self._dead or f"COLO_EXIT ({data.get('reason')})"
         elif name == "MIGRATION" and data.get("status") in ("failed", "cancelled"):
             self._dead = self._dead or f"migration {data['status']}"
         elif name in DISK_ERRORS and self._following:
-            self.gate.saw_disk_error(f"{name} {data.get('node-name', '')}".strip())
-            self.gate.control.note("not-whole", reason=self.gate.disk_error)
+            self._not_whole(f"{name} {data.get('node-name', '')}".strip())
 
-    def on_heard(self, heard: Heard, now_ms: float) -> None: ...
+    def on_heard(self, heard: Heard, now_ms: float) -> None:
+        """A stream that ended while the primary's QEMU lives on, T later still, ended here: by an error of this copy's disk, say.
+
+        QEMU loads a checkpoint's memory before its disks' part; when that one fails, it says COLO_EXIT and no more.
+        """
+        state, word = self.gate.state, heard.word
+        lives = word.g == state.g and word.qemu == "running"
+        follows = state.record == "armed" and not state.claiming and not self.gate.disk_error
+        if follows and lives and self._exit_ms and now_ms - self._exit_ms > state.loss_ms:
+            self._not_whole("the checkpoint stream ended while the primary lives: the last checkpoint may be half loaded")
+
+    def _not_whole(self, reason: str) -> None:
+        self.gate.saw_disk_error(reason)
+        self.gate.control.note("not-whole", reason=self.gate.disk_error)
 
     def before_send(self, now_ms: float) -> None:
         """What we are about to echo with `armed` is what the primary's lease may rest on: remember when it came in."""
@@ -147,9 +160,7 @@ class Standby:
     def _on_break(self, request: dict[str, Any], answer: Answer) -> None:
         """The primary asks us to give up: our stream is made dead here first."""
         self._dead = self._dead or "broken to give up"
-        self.gate.send_commands(
-            Commands([("yank", {"instances": [{"type": "migration"}]})], oob=True), lambda _replies: None
-        )
+        self.gate.send_commands(Commands([("yank", {"instances": [{"type": "migration"}]})], oob=True), lambda _replies: None)
         answer({"own_qemu": self.gate.own_qemu})
 
     def _take(self, request: dict[str, Any], answer: Answer) -> Task:
