@@ -361,6 +361,15 @@ MUTANTS = [
         'and word.qemu == "running"', "", "gate.py::test_a_stream_that_ended_with_its_primary_leaves_a_whole_copy",
     ),
     Mutant(
+        "a file in use is overwritten", "mcft/agent/overwriting.py",
+        "if user := user_of(path):", "if False and (user := user_of(path)):",
+        "labels.py::test_a_file_that_is_open_is_never_replaced",
+    ),
+    Mutant(
+        "a chain is overwritten", "mcft/agent/overwriting.py",
+        '"bad", "following")', '"bad", "following", "chain")', "labels.py::test_what_may_be_the_truth_is_not",
+    ),
+    Mutant(
         "a closed buffer is not corked", "mcft/filterbuffer.py",
         "        if self.corked:\n            return\n", "",
         "filterbuffer.py::test_closed_stops_what_was_released_but_not_yet_written",

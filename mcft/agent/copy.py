@@ -10,6 +10,7 @@ from typing import Any
 
 from mcft import diskreplica, streams
 from mcft.agent import domainxml, hook, model, network
+from mcft.agent.overwriting import refuse_overwriting
 from mcft.agent.process import run
 from mcft.agent.site import Life
 from mcft.agent.steps import Step
@@ -99,20 +100,9 @@ class Copy(Life):
             raise Refused("no-room", f"no room for disk {disk.target} in {os.path.dirname(path)}", f"{free >> 20} MiB are free")
 
     def _may_overwrite(self, disk: Disk, path: str) -> None:
-        label_path = os.path.join(self.site.config.state_dir, "labels", self.body.uuid, disk.target)
-        label = ""
-        if os.path.exists(label_path):
-            with open(label_path, encoding="utf-8") as file:
-                label = file.read()
-        ours = label.rstrip().endswith(f" {path}") and label.split()[0].split("(")[0] in ("stale", "syncing", "bad", "following")
-        if ours or path in self.request.overwrite:
-            return
-        raise Refused(
-            "file-exists",
-            f"{path} exists on {self.site.config.name}, and mcft does not know it as an old copy of disk {disk.target}",
-            "protecting would overwrite it",
-            f"if it may be lost: --overwrite {path}",
-        )
+        config = self.site.config
+        label_file = os.path.join(config.state_dir, "labels", self.body.uuid, disk.target)
+        refuse_overwriting(label_file, path, disk.target, config.name, self.request.overwrite)
 
     async def _remove_files(self) -> None:
         diskreplica.remove_overlay_files(self.body.disks, self.body.g)
