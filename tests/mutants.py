@@ -357,8 +357,8 @@ MUTANTS = [
         "gate.py::test_a_stream_that_ended_while_the_primary_lives_leaves_no_whole_copy",
     ),
     Mutant(
-        "a copy whose primary died counts as not whole", "mcft/gate/standby.py",
-        'and word.qemu == "running"', "", "gate.py::test_a_stream_that_ended_with_its_primary_leaves_a_whole_copy",
+        "a copy whose primary has just died counts as not whole", "mcft/gate/standby.py",
+        "now_ms - self._exit_ms > state.loss_ms", "now_ms >= self._exit_ms", "gate.py::test_a_stream_that_ended_with_its_primary_leaves_a_whole_copy",
     ),
     Mutant(
         "a file in use is overwritten", "mcft/agent/overwriting.py",
