@@ -358,7 +358,8 @@ MUTANTS = [
     ),
     Mutant(
         "a copy whose primary has just died counts as not whole", "mcft/gate/standby.py",
-        "now_ms - self._exit_ms > state.loss_ms", "now_ms >= self._exit_ms", "gate.py::test_a_stream_that_ended_with_its_primary_leaves_a_whole_copy",
+        "now_ms - self._exit_ms > state.loss_ms", "now_ms >= self._exit_ms",
+        "gate.py::test_a_stream_that_ended_with_its_primary_leaves_a_whole_copy",
     ),
     Mutant(
         "a file in use is overwritten", "mcft/agent/overwriting.py",
