@@ -362,6 +362,15 @@ MUTANTS = [
         "gate.py::test_a_stream_that_ended_with_its_primary_leaves_a_whole_copy",
     ),
     Mutant(
+        "a committed overlay stays", "mcft/gate/standby.py",
+        "_forget_file(state.overlays.pop(target))", "state.overlays.pop(target)",
+        "gate.py::test_an_overlay_that_qemu_has_committed_is_removed",
+    ),
+    Mutant(
+        "an overlay goes before it is committed", "mcft/gate/standby.py",
+        "if t not in uncommitted(reply[\"return\"])]", "]", "gate.py::test_an_overlay_that_qemu_has_committed_is_removed",
+    ),
+    Mutant(
         "a file in use is overwritten", "mcft/agent/overwriting.py",
         "if user := user_of(path):", "if False and (user := user_of(path)):",
         "labels.py::test_a_file_that_is_open_is_never_replaced",

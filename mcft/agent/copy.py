@@ -195,6 +195,7 @@ class Copy(Life):
             self.body.qemu_pid, self.body.qemu_start, self.body.links, record="preparing", mode="closed", buffer="none",
             nics=self.body.nics, silenced=[n.target for n in self.body.nics], loss_ms=self.site.config.loss_ms,
             delay_ms=self.body.delay_ms, lan_check=list(self.site.config.lan_check), tcg=self.body.tcg,
+            overlays={disk.target: diskreplica.overlay_path(disk, "active", self.body.g) for disk in self.body.disks},
         )  # fmt: skip
 
     async def _end_gate(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -21,6 +23,28 @@ TAKE_DEADLINE_MS = 10000.0
 EXIT_EVENT_MS = 1000.0
 STREAM_END_MS = 5000.0
 WAKE_AFTER_MS = 100.0  # behind the delay: a checkpoint's own pause is shorter on a link that is fit for it
+RETIRE_POLL_MS = 10.0
+
+
+def uncommitted(nodes: list[dict[str, Any]]) -> set[str]:
+    """The disks whose replication still reads its `active` overlay (QEMU `query-named-block-nodes`)."""
+    found = set()
+    for node in nodes:
+        below = {child["child"]: child["node-name"] for child in node.get("children", [])}
+        if node["node-name"].startswith("mcft-r-") and below.get("file", "").startswith("mcft-"):
+            found.add(node["node-name"].removeprefix("mcft-r-"))
+    return found
+
+
+def _forget_file(path: str) -> None:
+    """Its name is gone from the disk too. Blocks this gate; after a take-over nobody waits for it."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    folder = os.open(os.path.dirname(path), os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 class Standby:
@@ -48,6 +72,8 @@ class Standby:
 
     def monitor_connected(self) -> None:
         """Events may have been missed: a guest that runs ahead unseen is stopped (it is following, not active)."""
+        if self.gate.state.mode == "pass" and self.gate.state.serial > 1:
+            self.gate.loop.spawn(self._retire_overlays())
         if self._following and self.gate.state.serial > 1 and self.gate.state.mode != "pass":
             self.gate.send_commands(Commands([("query-status", {})]), self._stop_if_running)
 
@@ -208,6 +234,24 @@ class Standby:
         self.gate.state.mode = "pass"
         self.gate.persist()
         answer({"running": True, "timing_ms": self.timing()})
+        self.gate.loop.spawn(self._retire_overlays())
+
+    def _retire_overlays(self) -> Task:
+        """Remove the name of each `active` overlay as soon as QEMU has committed it.
+
+        From then on the guest writes to the disk itself. An overlay that is still there when the guest or the host ends is
+        committed offline, and would put old blocks over those writes (seen in the lab while libvirtd stood still). The
+        agent may be away just then, so the gate does it. QEMU keeps the file open until the agent takes the node away.
+        """
+        state = self.gate.state
+        while state.overlays and self.gate.own_qemu == "running":
+            (reply,) = yield Commands([("query-named-block-nodes", {"flat": True})])
+            if "return" in reply:
+                for target in [t for t in state.overlays if t not in uncommitted(reply["return"])]:
+                    _forget_file(state.overlays.pop(target))
+                    self.gate.persist()
+            if state.overlays:
+                yield self.gate.wait(lambda: self.gate.own_qemu != "running", RETIRE_POLL_MS)
 
     def _send(self, replies: list[Message], command: str, arguments: dict[str, Any] | None = None) -> None:
         self.gate.send_commands(Commands([(command, arguments or {})]), partial(self._take_reply, command, replies))

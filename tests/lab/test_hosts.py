@@ -83,7 +83,8 @@ def test_switch_is_refused_without_a_standby() -> None:
 def test_overlays_of_a_cut_off_take_over_are_committed_offline(load: Load) -> None:
     """The host that took over loses its guest before its overlays are committed: the disk alone is wrong, and does not start.
 
-    Fails if the hook lets it start, or if an acknowledged write is missing once the agent has committed the chain.
+    Fails if the hook lets it start, or if an acknowledged write is missing once the agent has dealt with the chain: QEMU
+    had committed it long ago here, and committing it once more puts old blocks over newer ones (912 writes, 32 lost).
     """
     protect(H1)
     load.flowing()
@@ -94,7 +95,7 @@ def test_overlays_of_a_cut_off_take_over_are_committed_offline(load: Load) -> No
     load.unhurt()
     load.writer.ask("finish")
     settled(load.writer)
-    assert H2.sh("cat /var/lib/mcft/labels/*/vda").startswith("chain(1) ")
+    assert H2.sh("cat /var/lib/mcft/labels/*/vda").startswith("chain(")
     H2.sh("systemctl stop --no-block mcft-agent; systemctl kill --signal=KILL mcft-agent; systemctl stop mcft-agent")
     H2.kill_qemu()
     H2.sh("systemctl kill --signal=CONT libvirtd")

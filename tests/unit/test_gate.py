@@ -532,6 +532,31 @@ def test_the_lease_is_over_before_the_copy_runs(standby: GateLab) -> None:
     assert len(standby.qmp.sent("stop")) == stops, "a guest that took over is not stopped at its RESUME"
 
 
+def test_an_overlay_that_qemu_has_committed_is_removed(standby: GateLab, tmp_path: Path) -> None:
+    """Fails if it stays (committing it again later would undo what the guest wrote since), or goes before its time."""
+    active = tmp_path / "active"
+    active.write_text("x")
+    state = standby.saved()
+    state.overlays = {"vda": str(active)}
+    save(standby.state_path, state)
+
+    def nodes(below: str) -> list[dict[str, Any]]:
+        return [{"node-name": "mcft-r-vda", "children": [{"child": "file", "node-name": below}]}]
+
+    standby.qmp.status, standby.qmp.answers["query-named-block-nodes"] = "colo", nodes("mcft-a-vda")
+    agent = standby.start()
+    until(lambda: standby.peer.last.record == "armed" and standby.peer.heard[-1].echo)
+    agent.ask("claim")
+    agent.ask("update", record="taken")
+    assert not standby.qmp.sent("query-named-block-nodes")
+    take(standby, agent)
+    until(lambda: len(standby.qmp.sent("query-named-block-nodes")) > 2)
+    assert active.exists()
+    standby.qmp.answers["query-named-block-nodes"] = nodes("libvirt-1-storage")
+    until(lambda: not active.exists())
+    until(lambda: not standby.saved().overlays)
+
+
 def test_closed_primary_need_not_be_waited_for(standby: GateLab) -> None:
     standby.qmp.status = "colo"
     agent = standby.start()
