@@ -17,6 +17,7 @@ Stream = Literal["alive", "overdue", "dead"]
 GATE_SILENT_MS = 3000.0  # (c): no keepalive, although checkpoints flow: the primary's gate does not come back
 SHUTDOWN_WORD_MS = 3000.0  # after SHUTDOWN the agent has this long to say whether it was intended
 NO_STANDBY_ANY_MORE = ("not-whole", "given-up", "lost", "ended")
+OWN_DISK = "the primary's own disk"  # how a disk error of that side begins
 REBOOT_MS = 2000.0  # `virsh reboot` is a guest's SHUTDOWN whose QEMU lives on: libvirt resets and continues it
 HUNG_MS = 10000.0  # (e): the stream overdue by this much and the monitor silent
 
@@ -99,8 +100,12 @@ def _primary(view: View, settings: Settings) -> Verdict:
         if not view.own_ended and view.shutdown_for_ms < REBOOT_MS:
             return Verdict(Act.WAIT, "the guest shut down; its QEMU lives: it may be rebooted")
         return Verdict(Act.ENDED, "the guest shut down")
+    if view.own_qemu == "gone" and view.disk_error.startswith(OWN_DISK):
+        return Verdict(Act.DIED, f"disk error: {view.disk_error}")
     if view.own_qemu == "gone":
         return Verdict(Act.DIED, "QEMU is gone without a shutdown of the guest")
+    if view.disk_error.startswith(OWN_DISK):
+        return Verdict(Act.WAIT, "the gate ends this QEMU: its disk lost a write that the guest was told is done")
     if view.disk_error:
         return Verdict(Act.BREAK, f"disk error: {view.disk_error}")
     if view.stream_dead:
@@ -144,9 +149,7 @@ def _standby(view: View, settings: Settings) -> Verdict:
     if view.silent_ms > settings.loss_ms and stream != "alive":
         if not view.lan_ok:
             return Verdict(Act.ALARM, "the primary is silent, but this host's own LAN does not answer")
-        return Verdict(
-            Act.CLAIM, f"the primary is silent on every link for {view.silent_ms:.0f} ms and the stream is {stream}"
-        )
+        return Verdict(Act.CLAIM, f"the primary is silent on every link for {view.silent_ms:.0f} ms and the stream is {stream}")
     if view.silent_ms > GATE_SILENT_MS and stream == "alive":
         if not view.lan_ok:
             return Verdict(Act.ALARM, "the primary's gate is gone, but this host's own LAN does not answer")

@@ -333,13 +333,51 @@ MUTANTS = [
     ),
     Mutant(
         "a disk error is not seen", "mcft/gate/primary.py",
-        "elif name in DISK_ERRORS and", "elif False and",
+        "elif name in DISK_ERRORS:", "elif False:",
         "gate.py::test_errors_break_the_stream_before_anything_else_is_acknowledged",
     ),
     Mutant(
         "a disk error before the first capture is not seen", "mcft/gate/primary.py",
-        "elif name in DISK_ERRORS and", "elif self.commit.stats.captures and name in DISK_ERRORS and",
+        "elif name in DISK_ERRORS:", "elif self.commit.stats.captures and name in DISK_ERRORS:",
         "gate.py::test_disk_error_before_the_first_capture_counts_too",
+    ),
+    Mutant(
+        "a guest goes on over a disk that lost a write", "mcft/gate/primary.py",
+        'own = name == "QUORUM_REPORT_BAD"', 'own = False and name == "QUORUM_REPORT_BAD"',
+        "gate.py::test_an_error_of_the_primarys_own_disk_ends_its_qemu",
+    ),
+    Mutant(
+        "a muted guest goes on over a disk that lost a write", "mcft/gate/primary.py",
+        'if own and mode in ("hold", "closed")', 'if own and mode == "hold"',
+        "gate.py::test_an_error_of_the_primarys_own_disk_counts_while_it_is_muted_too",
+    ),
+    Mutant(
+        "a copy whose stream ended by itself counts as whole", "mcft/gate/standby.py",
+        "if follows and lives and self._exit_ms and", "if False and",
+        "gate.py::test_a_stream_that_ended_while_the_primary_lives_leaves_no_whole_copy",
+    ),
+    Mutant(
+        "a copy whose primary has just died counts as not whole", "mcft/gate/standby.py",
+        "now_ms - self._exit_ms > state.loss_ms", "now_ms >= self._exit_ms",
+        "gate.py::test_a_stream_that_ended_with_its_primary_leaves_a_whole_copy",
+    ),
+    Mutant(
+        "a committed overlay stays", "mcft/gate/standby.py",
+        "_forget_file(state.overlays.pop(target))", "state.overlays.pop(target)",
+        "gate.py::test_an_overlay_that_qemu_has_committed_is_removed",
+    ),
+    Mutant(
+        "an overlay goes before it is committed", "mcft/gate/standby.py",
+        "if t not in uncommitted(reply[\"return\"])]", "]", "gate.py::test_an_overlay_that_qemu_has_committed_is_removed",
+    ),
+    Mutant(
+        "a file in use is overwritten", "mcft/agent/overwriting.py",
+        "if user := user_of(path):", "if False and (user := user_of(path)):",
+        "labels.py::test_a_file_that_is_open_is_never_replaced",
+    ),
+    Mutant(
+        "a chain is overwritten", "mcft/agent/overwriting.py",
+        '"bad", "following")', '"bad", "following", "chain")', "labels.py::test_what_may_be_the_truth_is_not",
     ),
     Mutant(
         "a closed buffer is not corked", "mcft/filterbuffer.py",

@@ -10,6 +10,7 @@ from typing import Any
 
 from mcft import diskreplica, streams
 from mcft.agent import diskfiles, domainxml, hook, model, network
+from mcft.agent.overwriting import refuse_overwriting
 from mcft.agent.process import run
 from mcft.agent.site import Life, log
 from mcft.agent.steps import Step
@@ -99,19 +100,9 @@ class Copy(Life):
                 log.warning("%s: the storage pool %s was not refreshed: %s", self.body.domain, name, error)
 
     def _may_overwrite(self, target: str, path: str) -> None:
-        label_path = os.path.join(self.site.config.state_dir, "labels", self.body.uuid, target)
-        label = ""
-        if os.path.exists(label_path):
-            with open(label_path, encoding="utf-8") as file:
-                label = file.read()
-        ours = label.rstrip().endswith(f" {path}") and label.split()[0].split("(")[0] in ("stale", "syncing", "bad", "following")
-        if ours or path in self.request.overwrite:
-            return
-        what = "these firmware variables" if target == diskfiles.NVRAM else f"disk {target}"
-        raise Refused(
-            "file-exists", f"{path} exists on {self.site.config.name}, and mcft does not know it as an old copy of {what}",
-            "protecting would overwrite it", f"if it may be lost: --overwrite {path}",
-        )  # fmt: skip
+        config = self.site.config
+        label_file = os.path.join(config.state_dir, "labels", self.body.uuid, target)
+        refuse_overwriting(label_file, path, target, config.name, self.request.overwrite)
 
     async def _remove_files(self) -> None:
         diskreplica.remove_overlay_files(self.body.disks, self.body.g)
@@ -205,6 +196,7 @@ class Copy(Life):
             self.body.qemu_pid, self.body.qemu_start, self.body.links, record="preparing", mode="closed", buffer="none",
             nics=self.body.nics, silenced=[n.target for n in self.body.nics], loss_ms=self.site.config.loss_ms,
             delay_ms=self.body.delay_ms, lan_check=list(self.site.config.lan_check), tcg=self.body.tcg,
+            overlays={disk.target: diskreplica.overlay_path(disk, "active", self.body.g) for disk in self.body.disks},
         )  # fmt: skip
 
     async def _end_gate(self) -> None:

@@ -55,7 +55,7 @@ class Core:
         ledger = await stored_ledger(self.site.store, body)
         life = self.alive(body, ledger)
         if ledger.records:
-            life.label()  # a power loss may have taken the newest label, never the record before it
+            life.recompute_labels()  # a power loss may have taken the newest label, never the record before it
         if body.links and ledger.newest not in (Kind.LOST, Kind.ENDED, Kind.GIVEN_UP) and not ledger.won:
             self.site.route_users.setdefault(body.links[0].peer, set()).add(body.uuid)
         if body.route_changed and body.links:

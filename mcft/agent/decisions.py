@@ -139,10 +139,12 @@ class Deciding(Setup):
 
     def _note_disk_error(self, reason: str, known: model.Records) -> None:
         """A failed write is a disk error unless the standby's QEMU had gone before it gave up: then it was that end.
+        A copy that says itself that it is not whole is one too.
 
         A disk error is sticky: no protecting again by itself.
         """
-        if reason.startswith("disk error") and not known.copy_lost:
+        not_whole = peer_ledger(known).has(Kind.NOT_WHOLE)
+        if not_whole or (reason.startswith("disk error") and not known.copy_lost):
             self.body.manual = reason
             self.event("disk", f"{reason}: not protected again by itself; mend it, then: mcft protect", "alarm")
 

@@ -139,11 +139,14 @@ class Life:
                 self.body.uuid, self.body.pid, record.g, self.ledger.side, [kind.value], detail, model.encode(self.body)
             )
             self.ledger.append(kind, g)
-            try:
-                self.label()
-            except OSError as error:
-                # Labels are recomputed from the records; a full disk must not stop a decision.
-                log.error("%s: the disks' labels could not be written: %s", self.body.domain, error)
+            self.recompute_labels()
+
+    def recompute_labels(self) -> None:
+        """From the records, never the reverse; also at the agent's start. A full disk must not stop a decision."""
+        try:
+            self.label()
+        except OSError as error:
+            log.error("%s: the disks' labels could not be written: %s", self.body.domain, error)
 
     def label(self) -> None:
         """The disks' labels, recomputed from the records: small files, readable without the agent."""

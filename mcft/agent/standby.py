@@ -13,6 +13,7 @@ from mcft.agent.copy import Copy
 from mcft.agent.copy import make_body as make_body
 from mcft.agent.site import log
 from mcft.errors import Failed, McftError, Refused
+from mcft.failover import OWN_DISK
 from mcft.generations import Kind
 
 
@@ -52,6 +53,7 @@ class Standby(Copy):
 
         A primary whose QEMU is gone gets no giving up: it said so, and this side takes over.
         """
+        await self._note_primarys_disk(about.detail)
         if self.ledger.newest in (Kind.TAKEN, Kind.GIVEN_UP, Kind.LOST, Kind.ENDED):
             return
         claiming = self.deciding is not None and not self.deciding.done()
@@ -75,6 +77,13 @@ class Standby(Copy):
         self.kill_qemu()
         self.to_state("lost", f"gave up: {self.body.peer} goes on without this copy")
         self.site.spawn(self._clean_up(), f"clean up {self.body.domain}")
+
+    async def _note_primarys_disk(self, why: str) -> None:
+        """Why the primary ended its QEMU: this side goes on, and does not protect by itself onto that disk."""
+        if why.startswith(f"disk error: {OWN_DISK}") and not self.body.manual:
+            self.body.manual = why
+            await self.save()
+            self.event("disk", f"{why} ({self.body.peer}): not protected again by itself; mend it, then: mcft protect", "alarm")
 
     async def ended(self, why: str) -> model.Answer:
         """The primary's guest was ended on purpose: no take-over, the copy goes. What was taken stays taken."""
@@ -140,7 +149,7 @@ class Standby(Copy):
         if self.ledger.newest in (Kind.PREPARING, Kind.ARMED):
             await self.record(Kind.NOT_WHOLE, detail=reason)
             await self.gate.insist("update", record="not-whole")
-            self.to_state("failed", f"this copy saw a disk error: {reason}")
+            self.to_state("failed", f"this copy is not whole: {reason}")
             await self.save()
 
     def begin_take(self, reason: str, *, peer_closed: bool = False) -> None:

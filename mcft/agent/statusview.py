@@ -18,12 +18,14 @@ def next_step(body: Body, host: str, running: bool = True, in_maintenance: str =
         return f"on {in_maintenance}: mcft maintenance off (then it is protected again by itself)"
     if body.state == "muted" and body.role == "primary" and not running:
         return f"bring {peer} back, then: mcft start {vm}"
+    again = "not by itself" if body.manual else f"by itself once {peer} answers for long enough"
+    started = f"then mcft protect {vm} --to {peer}" if body.manual else "it is protected again by itself"
     return {
         "muted": f"if {peer} is certainly off: mcft solo {vm} --peer-is-off; otherwise bring {peer} or its link back",
-        "solo": f"mcft protect {vm} --to {peer} (by itself once {peer} answers for long enough)",
-        "active": f"mcft protect {vm} --to {peer} (by itself once {peer} answers for long enough)",
+        "solo": f"mcft protect {vm} --to {peer} ({again})",
+        "active": f"mcft protect {vm} --to {peer} ({again})",
         "lost": f"{vm} is {peer}'s now; to make this host its standby, there: mcft protect {vm} --to {host}",
-        "stopped": f"mcft start {vm} (it is protected again by itself), or mcft unprotect {vm}",
+        "stopped": f"mcft start {vm} ({started}), or mcft unprotect {vm}",
         "failed": f"mcft events {vm}; then mcft protect {vm} --to {peer} or mcft unprotect {vm}",
         "unprotected": f"mcft protect {vm} --to {peer}",
     }.get(body.state)
@@ -93,5 +95,3 @@ def _network(body: Body, gate: dict[str, Any]) -> api.Network:
 def _disks(body: Body, gate: dict[str, Any]) -> list[api.DiskStatus]:
     word = {"protected": "replicating", "syncing": "copying", "preparing": "waiting", "muted": "held"}.get(body.state, "alone")
     return [api.DiskStatus(d.target, "error" if gate.get("disk_error") else word) for d in body.disks]
-
-

@@ -20,7 +20,7 @@ from mcft.commit import (
     SendMarker,
     SetBarrier,
 )
-from mcft.failover import Act, Verdict
+from mcft.failover import OWN_DISK, Act, Verdict
 from mcft.filterbuffer import Channel, FilterBuffer, NoBuffer, attach_commands, detach_commands, make_channel, names
 from mcft.gate.control import Answer, Denied
 from mcft.gate.core import Gate, set_link
@@ -104,8 +104,23 @@ class Primary:
             self.commit.stream_died(f"COLO_EXIT ({data.get('reason')})")
         elif name == "MIGRATION" and data.get("status") in ("failed", "cancelled", "completed"):
             self.commit.stream_died(f"migration {data['status']}")
-        elif name in DISK_ERRORS and self.gate.state.mode == "hold" and not self.commit.dead:
-            self.gate.saw_disk_error(f"{name} {data.get('node-name', '')} {data.get('error', '')}".strip())
+        elif name in DISK_ERRORS:
+            self._disk_error(name, data)
+
+    def _disk_error(self, name: str, data: Message) -> None:
+        """One of the standby's disk ends the stream. One of this host's own ends this QEMU, so that the standby goes on.
+
+        QEMU's quorum asks for one child only: the guest was told that this write is done, and it is in the replication
+        node alone, or (a dead stream's node swallows writes) nowhere. A guest that went on here would find it missing.
+        """
+        node, mode, record = str(data.get("node-name", "")), self.gate.state.mode, self.gate.state.record
+        what = f"{name} {node} {data.get('error', '')}".strip()
+        own = name == "QUORUM_REPORT_BAD" and not node.startswith("mcft-")
+        if own and mode in ("hold", "closed") and record in ("arming", "protected", "resigned"):
+            self.gate.saw_disk_error(f"{OWN_DISK}: {what}")
+            self._end_qemu(f"{OWN_DISK}: {what}")
+        elif mode == "hold" and not self.commit.dead:
+            self.gate.saw_disk_error(what)
             self.commit.stream_died("disk error")
 
     def _apply(self, actions: list[Action], now_ms: float) -> None:
@@ -390,10 +405,13 @@ class Primary:
 
     def _on_kill(self, request: dict[str, Any], answer: Answer) -> None:
         """End QEMU by pid and start time: this side has lost, died or hangs; its buffer is closed first."""
-        self._close("QEMU ended by the agent")
+        self._end_qemu("QEMU ended by the agent")
+        answer({})
+
+    def _end_qemu(self, reason: str) -> None:
+        self._close(reason)
         if process_start(self.gate.state.qemu_pid) == self.gate.state.qemu_start:
             os.kill(self.gate.state.qemu_pid, 9)
-        answer({})
 
     # ---- for the watcher, the keepalives and status ----
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -21,6 +23,28 @@ TAKE_DEADLINE_MS = 10000.0
 EXIT_EVENT_MS = 1000.0
 STREAM_END_MS = 5000.0
 WAKE_AFTER_MS = 100.0  # behind the delay: a checkpoint's own pause is shorter on a link that is fit for it
+RETIRE_POLL_MS = 10.0
+
+
+def uncommitted(nodes: list[dict[str, Any]]) -> set[str]:
+    """The disks whose replication still reads its `active` overlay (QEMU `query-named-block-nodes`)."""
+    found = set()
+    for node in nodes:
+        below = {child["child"]: child["node-name"] for child in node.get("children", [])}
+        if node["node-name"].startswith("mcft-r-") and below.get("file", "").startswith("mcft-"):
+            found.add(node["node-name"].removeprefix("mcft-r-"))
+    return found
+
+
+def _forget_file(path: str) -> None:
+    """Its name is gone from the disk too. Blocks this gate; after a take-over nobody waits for it."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    folder = os.open(os.path.dirname(path), os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 class Standby:
@@ -35,6 +59,7 @@ class Standby:
         self._following = gate.state.record in ("preparing", "armed")
         self._armed_echo_ms = float("-inf")  # when the newest keepalive that we answered with `armed` had arrived
         self._no_echo_until_ms = float("-inf")
+        self._exit_ms = 0.0
         self._took = self._flushed = self._exited = self._waking = False
         self._timing: dict[str, float] = {}
 
@@ -47,6 +72,8 @@ class Standby:
 
     def monitor_connected(self) -> None:
         """Events may have been missed: a guest that runs ahead unseen is stopped (it is following, not active)."""
+        if self.gate.state.mode == "pass" and self.gate.state.serial > 1:
+            self.gate.loop.spawn(self._retire_overlays())
         if self._following and self.gate.state.serial > 1 and self.gate.state.mode != "pass":
             self.gate.send_commands(Commands([("query-status", {})]), self._stop_if_running)
 
@@ -65,15 +92,27 @@ class Standby:
         elif name == "RESUME" and self._flushed and "resume" not in self._timing:
             self._timing["resume"] = now_ms
         elif name == "COLO_EXIT":
-            self._exited = True
+            self._exited, self._exit_ms = True, self._exit_ms or now_ms
             self._dead = self._dead or f"COLO_EXIT ({data.get('reason')})"
         elif name == "MIGRATION" and data.get("status") in ("failed", "cancelled"):
             self._dead = self._dead or f"migration {data['status']}"
         elif name in DISK_ERRORS and self._following:
-            self.gate.saw_disk_error(f"{name} {data.get('node-name', '')}".strip())
-            self.gate.control.note("not-whole", reason=self.gate.disk_error)
+            self._not_whole(f"{name} {data.get('node-name', '')}".strip())
 
-    def on_heard(self, heard: Heard, now_ms: float) -> None: ...
+    def on_heard(self, heard: Heard, now_ms: float) -> None:
+        """A stream that ended while the primary's QEMU lives on, T later still, ended here: by an error of this copy's disk, say.
+
+        QEMU loads a checkpoint's memory before its disks' part; when that one fails, it says COLO_EXIT and no more.
+        """
+        state, word = self.gate.state, heard.word
+        lives = word.g == state.g and word.qemu == "running"
+        follows = state.record == "armed" and not state.claiming and not self.gate.disk_error
+        if follows and lives and self._exit_ms and now_ms - self._exit_ms > state.loss_ms:
+            self._not_whole("the checkpoint stream ended while the primary lives: the last checkpoint may be half loaded")
+
+    def _not_whole(self, reason: str) -> None:
+        self.gate.saw_disk_error(reason)
+        self.gate.control.note("not-whole", reason=self.gate.disk_error)
 
     def before_send(self, now_ms: float) -> None:
         """What we are about to echo with `armed` is what the primary's lease may rest on: remember when it came in."""
@@ -147,9 +186,7 @@ class Standby:
     def _on_break(self, request: dict[str, Any], answer: Answer) -> None:
         """The primary asks us to give up: our stream is made dead here first."""
         self._dead = self._dead or "broken to give up"
-        self.gate.send_commands(
-            Commands([("yank", {"instances": [{"type": "migration"}]})], oob=True), lambda _replies: None
-        )
+        self.gate.send_commands(Commands([("yank", {"instances": [{"type": "migration"}]})], oob=True), lambda _replies: None)
         answer({"own_qemu": self.gate.own_qemu})
 
     def _take(self, request: dict[str, Any], answer: Answer) -> Task:
@@ -197,6 +234,24 @@ class Standby:
         self.gate.state.mode = "pass"
         self.gate.persist()
         answer({"running": True, "timing_ms": self.timing()})
+        self.gate.loop.spawn(self._retire_overlays())
+
+    def _retire_overlays(self) -> Task:
+        """Remove the name of each `active` overlay as soon as QEMU has committed it.
+
+        From then on the guest writes to the disk itself. An overlay that is still there when the guest or the host ends is
+        committed offline, and would put old blocks over those writes (seen in the lab while libvirtd stood still). The
+        agent may be away just then, so the gate does it. QEMU keeps the file open until the agent takes the node away.
+        """
+        state = self.gate.state
+        while state.overlays and self.gate.own_qemu == "running":
+            (reply,) = yield Commands([("query-named-block-nodes", {"flat": True})])
+            if "return" in reply:
+                for target in [t for t in state.overlays if t not in uncommitted(reply["return"])]:
+                    _forget_file(state.overlays.pop(target))
+                    self.gate.persist()
+            if state.overlays:
+                yield self.gate.wait(lambda: self.gate.own_qemu != "running", RETIRE_POLL_MS)
 
     def _send(self, replies: list[Message], command: str, arguments: dict[str, Any] | None = None) -> None:
         self.gate.send_commands(Commands([(command, arguments or {})]), partial(self._take_reply, command, replies))

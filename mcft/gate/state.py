@@ -44,6 +44,7 @@ class GateState(msgspec.Struct):
     attached: bool = False
     nics: list[Nic] = []
     silenced: list[str] = []
+    overlays: dict[str, str] = {}  # a standby's: disk → its `active` overlay, until QEMU has committed it after a take-over
     yank: list[dict[str, str]] = []
     loss_ms: float = 300.0
     delay_ms: float = 100.0

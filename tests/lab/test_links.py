@@ -51,6 +51,23 @@ def test_lan_of_the_standby_cut(load: Load) -> None:
     load.finished()
 
 
+def test_lan_of_the_primary_cut(load: Load) -> None:
+    """A primary without its LAN cable is not lost: nothing happens until the operator switches, and then nobody lost a byte.
+
+    Fails if the cut alone makes a take-over, or if `mcft failover` needs the LAN.
+    """
+    protect(H1)
+    load.flowing()
+    link("lan:h1", "down")
+    pause(1.5)
+    assert (H1.state(), H2.state()) == ("protected", "protected")
+    H1.mcft("failover", "vm1")
+    H2.await_state("active")
+    load.goes_on()
+    link("lan:h1", "up")
+    load.finished()
+
+
 def test_standbys_host_off_mutes_and_everybody_can_see_it(load: Load, measure: Measure) -> None:
     """Without an arbiter the primary can't know who went on: muted, on every surface, until the operator's word.
 

@@ -8,9 +8,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from watching import Load
-from world import H1, H2, HOSTS, protect, restore, until
+from test_disks import quiet_sum
+from watching import Load, Observer
+from world import H1, H2, HOSTS, guest_answers, protect, restore, until
 
+MAC = "52:54:00:00:00:10"
+ENDS_IT = "x-colo-lost-heartbeat"
+BACKUP = "/var/lib/libvirt/images/vm1.backup"
+BACKUP_XML = {
+    "push": f"""<domainbackup><disks>
+        <disk name='vda' type='file'><target file='{BACKUP}'/><driver type='raw'/></disk></disks></domainbackup>""",
+    "pull": "<domainbackup mode='pull'><server transport='tcp' name='127.0.0.1' port='10809'/></domainbackup>",
+}
 DISK = "/var/lib/libvirt/images/extra.img"
 NIC = "bridge br0 --model virtio --live"
 
@@ -26,8 +35,17 @@ REFUSED = (
     "blockcommit vm1 vda --active --wait",
     "migrate vm1 --live qemu+tcp://host2/system",
     "domrename vm1 vm2",
+    "snapshot-create-as vm1 s1 --memspec file=/root/s1.mem,snapshot=external --diskspec vda,snapshot=external --no-metadata",
+    "setmem vm1 128M --live",
+    "blockcopy vm1 vda /var/lib/libvirt/images/vm1.copy --transient-job --wait --finish",
+    "blockjob vm1 vda --abort",
+    "change-media vm1 vda --eject --live",
+    "dump vm1 /root/vm1.core --memory-only --live",
 )
-HARMLESS = ("suspend vm1", "dommemstat vm1", "domblkinfo vm1 vda", "domblkstat vm1 vda", "dumpxml vm1")
+HARMLESS = (
+    "suspend vm1", "dommemstat vm1", "domblkinfo vm1 vda", "domblkstat vm1 vda", "dumpxml vm1",
+    "blockjob vm1 vda --info", "blockpull vm1 vda --wait",
+)
 EITHER = ("resume vm1",)  # refused while a checkpoint is under way, without effect otherwise
 
 
@@ -74,6 +92,72 @@ def test_what_virsh_does_to_a_protected_guest(load: Load, extra_disk: None) -> N
     H2.await_state("active")
     load.goes_on()
     load.finished()
+
+
+def test_the_link_and_the_definition_of_a_protected_guest(observer: Observer) -> None:
+    """A NIC that is set down speaks on no side; the copy that takes over is defined as the domain was at `protect`.
+
+    Fails if `undefine` or `define` behind mcft's back leaves the new owner without a definition, or ends the protection.
+    """
+    H1.sh("virsh dumpxml vm1 --inactive | sed '/<name>/a<description>edited</description>' > /root/edited.xml")
+    protect(H1)
+    observer.hears()
+    for line in (f"domif-setlink vm1 {MAC} down", "undefine vm1", "autostart vm1"):
+        virsh(line)
+    heard = observer.ask("last")
+    assert not guest_answers()
+    for line in ("define /root/edited.xml", "autostart vm1", f"domif-setlink vm1 {MAC} up"):
+        assert virsh(line)[0] == 0, line
+    assert observer.hears() > heard["at_s"]
+    assert H1.state() == "protected"
+    H1.kill_qemu()
+    H2.await_state("active")
+    observer.hears()
+    observer.clean()
+    until(lambda: H2.run("virsh", "dumpxml", "vm1", "--inactive", check=False).returncode == 0, 10, "h2: vm1 is defined")
+    assert "edited" not in H2.sh("virsh dumpxml vm1 --inactive")
+
+
+@pytest.mark.parametrize("mode", ["push", "pull"])
+def test_a_backup_of_a_protected_guest(mode: str) -> None:
+    """libvirt's backup job runs below mcft's quorum: the file is the disk of its instant, and the protection goes on.
+
+    Fails if the backup is not the disk, or if the standby does not follow any more afterwards.
+    """
+    protect(H1)
+    instance, seen = H1.status()["instance"], quiet_sum()
+    H1.sh(f"rm -f {BACKUP}; cat > /root/backup.xml <<X\n{BACKUP_XML[mode]}\nX\n")
+    code, said = virsh("backup-begin vm1 /root/backup.xml")
+    assert code == 0, said
+    if mode == "pull":
+        H1.sh(f"qemu-img convert -O raw nbd://127.0.0.1:10809/vda {BACKUP} && virsh domjobabort vm1")
+    until(lambda: "None" in virsh("domjobinfo vm1")[1], 30, "the backup has ended")
+    assert H1.sh(f"sha256sum {BACKUP}").split()[0] == seen
+    H1.sh(f"rm {BACKUP}")
+    assert (H1.state(), H1.status()["instance"]) == ("protected", instance)
+    H1.kill_qemu()
+    H2.await_state("active")
+    assert quiet_sum() == seen
+
+
+def test_monitor_commands_of_others(load: Load) -> None:
+    """`stop` and `cont` change nothing, one that ends the stream ends the protection: alone, talking, and never two.
+
+    Fails if one of them lets a packet out early, or lets the standby take over while the primary runs.
+    """
+    protect(H1)
+    load.flowing()
+    for command in ("stop", "cont", "system_wakeup"):
+        H1.run("virsh", "qemu-monitor-command", "vm1", f'{{"execute": "{command}"}}')
+        load.goes_on()
+    assert H1.state() == "protected"
+    since, before = H1.events()[-1]["id"], H2.events()[-1]["id"]
+    H1.qmp(ENDS_IT)
+    until(lambda: any(e["text"].startswith("solo") for e in H1.events() if e["id"] > since), 20, "h1 goes on alone")
+    assert "take-over" not in [e["kind"] for e in H2.events() if e["id"] > before]
+    load.goes_on()
+    load.finished()
+    H1.await_state("protected", timeout=60)
 
 
 def test_an_external_snapshot_is_followed(snapshots: None, load: Load) -> None:

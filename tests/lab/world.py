@@ -297,8 +297,7 @@ def restore(*, thorough: bool) -> None:
     with ThreadPoolExecutor() as pool:
         list(pool.map(_host_on, HOSTS))
     if thorough or not _unprotected():
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(_wipe, HOSTS))
+        wipe()
         _fresh_guest()
     elif H1.qemu_pid() is None or H2.qemu_pid() is not None or not _as_new():
         _fresh_guest()
@@ -327,6 +326,12 @@ def _unprotected() -> bool:
     except AssertionError:
         return False
     return True
+
+
+def wipe() -> None:
+    """No guest, and nothing of mcft's, on either host."""
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(_wipe, HOSTS))
 
 
 def _wipe(host: Host) -> None:

@@ -171,6 +171,9 @@ async def test_others_work_on_the_domain_is_refused() -> None:
         await check.refuse_busy(Says(query_block_jobs=[jobs], query_migrate=[{}]), "vm1")
     with pytest.raises(Refused, match="migration of vm1"):
         await check.refuse_busy(Says(query_block_jobs=[[]], query_migrate=[{"status": "active"}]), "vm1")
+    with pytest.raises(Refused) as refused:
+        await check.refuse_busy(Says(query_block_jobs=[[]], query_migrate=[{"status": "cancelling"}]), "vm1")
+    assert "shut vm1 down" in refused.value.next_step
 
 
 # ---- the prediction ----

@@ -31,6 +31,8 @@ PRIMARY: list[tuple[dict[str, Any], Act, str]] = [
     ({"own_qemu": "gone"}, Act.DIED, "gone without a shutdown"),
     ({"own_qemu": "gone", "armed": False}, Act.DIED, "gone without a shutdown"),
     ({"own_qemu": "gone", "disk_error": "vda"}, Act.DIED, "gone without a shutdown"),
+    ({"disk_error": "the primary's own disk: EIO"}, Act.WAIT, "the gate ends this QEMU"),
+    ({"own_qemu": "gone", "disk_error": "the primary's own disk: EIO"}, Act.DIED, "disk error: the primary's own disk: EIO"),
     ({"disk_error": "QUORUM_REPORT_BAD vda"}, Act.BREAK, "disk error: QUORUM_REPORT_BAD vda"),
     ({"stream_dead": "COLO_EXIT (error)"}, Act.BREAK, "stream broke: COLO_EXIT (error)"),
     ({"stream_dead": "x", "armed": False}, Act.BREAK, "stream broke"),

@@ -168,7 +168,7 @@ def test_errors_break_the_stream_before_anything_else_is_acknowledged(primary: G
     primary.qmp.checkpoint()
     agent.status_when(lambda s: s["acknowledged"] == 1)
     out.sendall(frame(b"x"))
-    primary.qmp.event(event, **{"node-name": "vda", "reason": "error"})
+    primary.qmp.event(event, **{"node-name": "mcft-n-vda", "reason": "error"})
     primary.qmp.event("STOP", "colo")
     primary.qmp.event("RESUME", "running")
     assert agent.note("verdict")["act"] == "break"
@@ -181,8 +181,48 @@ def test_errors_break_the_stream_before_anything_else_is_acknowledged(primary: G
 def test_disk_error_before_the_first_capture_counts_too(primary: GateLab) -> None:
     """Between the hold and the first STOP, or right after a gate's restart: the error is as sticky as any."""
     agent = protected(primary)
-    primary.qmp.event("QUORUM_REPORT_BAD", **{"node-name": "vda"})
+    primary.qmp.event("QUORUM_REPORT_BAD", **{"node-name": "mcft-n-vda"})
     assert "disk error" in agent.note("verdict")["reason"]
+
+
+def test_an_error_of_the_primarys_own_disk_ends_its_qemu(primary: GateLab) -> None:
+    """The quorum told the guest that the write is done; only the standby's disk has it. So the standby goes on.
+
+    Fails if the guest goes on here, on a disk without the write.
+    """
+    agent = protected(primary)
+    out, inn = primary.ends(1)
+    out.sendall(frame(b"x"))
+    primary.qmp.event("QUORUM_REPORT_BAD", **{"node-name": "libvirt-1-storage", "error": "No space left on device"})
+    note = agent.note("verdict")
+    assert note["act"] == "died" and "the primary's own disk" in note["reason"] and "No space left" in note["reason"]
+    until(lambda: (primary.peer.last.qemu, primary.peer.last.closed) == ("gone", True))
+    assert arrived(inn) == b""
+
+
+def test_an_error_of_the_primarys_own_disk_counts_while_it_is_muted_too(primary: GateLab) -> None:
+    """The stream is over, but its replication node is still a child of the quorum, and swallows writes."""
+    agent = protected(primary)
+    primary.qmp.event("COLO_EXIT", reason="error")
+    assert agent.note("verdict")["act"] == "break"
+    primary.qmp.event("QUORUM_REPORT_BAD", **{"node-name": "mcft-r-vda", "error": "Input/output error"})
+    agent.ask("status")
+    assert primary.peer.last.qemu == "running"
+    primary.qmp.event("QUORUM_REPORT_BAD", **{"node-name": "libvirt-1-storage", "error": "Input/output error"})
+    until(lambda: primary.peer.last.qemu == "gone")
+
+
+def test_a_primary_that_is_solo_leaves_its_disks_errors_to_the_guest(primary: GateLab) -> None:
+    """A quorum with one child hides nothing: the guest's own policy has the word."""
+    agent = protected(primary)
+    primary.qmp.event("COLO_EXIT", reason="error")
+    agent.note("verdict")
+    agent.ask("update", record="solo")
+    agent.ask("open", because="solo")
+    primary.qmp.event("QUORUM_REPORT_BAD", **{"node-name": "libvirt-1-storage", "error": "Input/output error"})
+    agent.ask("status")
+    until(lambda: primary.peer.last.record == "solo")
+    assert primary.peer.last.qemu == "running"
 
 
 def test_silent_standby_with_an_overdue_stream(primary: GateLab) -> None:
@@ -320,7 +360,7 @@ def test_keepalives_go_on_while_the_monitor_of_a_hung_qemu_is_connected_again(pr
 def disk_error(age_ms: float) -> dict[str, Any]:
     seconds, micros = divmod(int((time.time() * 1000 - age_ms) * 1000), 1_000_000)
     stamp = {"seconds": seconds, "microseconds": micros}
-    return {"event": "QUORUM_REPORT_BAD", "data": {"node-name": "x", "type": "write"}, "timestamp": stamp}
+    return {"event": "QUORUM_REPORT_BAD", "data": {"node-name": "mcft-n-vda", "type": "write"}, "timestamp": stamp}
 
 
 def test_a_disk_error_that_the_dead_gate_missed_is_learnt_from_libvirt(primary: GateLab) -> None:
@@ -433,6 +473,32 @@ def test_copy_with_a_disk_error_alarms_and_never_claims(standby: GateLab) -> Non
     assert agent.ask("status")["verdict"] is None and not standby.peer.last.claiming
 
 
+def test_a_stream_that_ended_while_the_primary_lives_leaves_no_whole_copy(standby: GateLab) -> None:
+    """Seen in the lab with EIO from the copy's disk: COLO_EXIT and nothing else, memory loaded, the disk's part not.
+
+    Fails if such a copy takes over when the primary is lost later.
+    """
+    agent = standby.start()
+    until(lambda: standby.peer.last.record == "armed")
+    standby.qmp.event("COLO_EXIT", reason="error")
+    assert "half loaded" in agent.note("not-whole")["reason"]
+    standby.peer.word = Word("primary", 3, "protected", "gone", closed=True)
+    assert "not whole" in agent.note("alarm")["reason"]
+    assert agent.ask("status")["verdict"] is None
+
+
+def test_a_stream_that_ended_with_its_primary_leaves_a_whole_copy(standby: GateLab) -> None:
+    """COLO_EXIT comes some ms before the keepalive that says why."""
+    agent = standby.start()
+    until(lambda: standby.peer.last.record == "armed")
+    standby.qmp.event("COLO_EXIT", reason="error")
+    heard = len(standby.peer.heard)
+    until(lambda: len(standby.peer.heard) >= heard + 2)  # keepalives that still say "running" crossed meanwhile
+    standby.peer.word = Word("primary", 3, "protected", "gone", closed=True)
+    assert agent.note("verdict")["act"] == "claim"
+    assert not agent.ask("status")["disk_error"]
+
+
 def test_taking_needs_taken(standby: GateLab) -> None:
     agent = standby.start()
     agent.ask("claim")
@@ -464,6 +530,31 @@ def test_the_lease_is_over_before_the_copy_runs(standby: GateLab) -> None:
     stops = len(standby.qmp.sent("stop"))
     agent.ask("qmp", commands=[{"execute": "query-status"}])
     assert len(standby.qmp.sent("stop")) == stops, "a guest that took over is not stopped at its RESUME"
+
+
+def test_an_overlay_that_qemu_has_committed_is_removed(standby: GateLab, tmp_path: Path) -> None:
+    """Fails if it stays (committing it again later would undo what the guest wrote since), or goes before its time."""
+    active = tmp_path / "active"
+    active.write_text("x")
+    state = standby.saved()
+    state.overlays = {"vda": str(active)}
+    save(standby.state_path, state)
+
+    def nodes(below: str) -> list[dict[str, Any]]:
+        return [{"node-name": "mcft-r-vda", "children": [{"child": "file", "node-name": below}]}]
+
+    standby.qmp.status, standby.qmp.answers["query-named-block-nodes"] = "colo", nodes("mcft-a-vda")
+    agent = standby.start()
+    until(lambda: standby.peer.last.record == "armed" and standby.peer.heard[-1].echo)
+    agent.ask("claim")
+    agent.ask("update", record="taken")
+    assert not standby.qmp.sent("query-named-block-nodes")
+    take(standby, agent)
+    until(lambda: len(standby.qmp.sent("query-named-block-nodes")) > 2)
+    assert active.exists()
+    standby.qmp.answers["query-named-block-nodes"] = nodes("libvirt-1-storage")
+    until(lambda: not active.exists())
+    until(lambda: not standby.saved().overlays)
 
 
 def test_closed_primary_need_not_be_waited_for(standby: GateLab) -> None:
@@ -530,7 +621,6 @@ def test_restarted_standby_waits_t_after_its_start(standby: GateLab) -> None:
     assert standby.qmp.time_of("cont") >= standby.qmp.connected_ms + T / 2
 
 
-
 def test_standby_restarted_after_taken_waits_too(standby: GateLab) -> None:
     standby.qmp.status = "colo"
     agent = standby.start()
@@ -542,7 +632,6 @@ def test_standby_restarted_after_taken_waits_too(standby: GateLab) -> None:
     agent = standby.start()
     take(standby, agent)
     assert standby.qmp.time_of("cont") >= standby.qmp.connected_ms + T / 2
-
 
 
 def test_gate_restarted_after_a_take_over_leaves_the_guest_alone(standby: GateLab) -> None:
