@@ -1,4 +1,4 @@
-"""Domains as they are: disks on every bus, backing chains, iothreads, an empty CD-ROM, two NICs."""
+"""Domains as they are: disks on every bus, backing chains, iothreads, an empty CD-ROM, NICs on bridges and on a network."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ DISKS = f"""
   <controller type='scsi' index='0' model='virtio-scsi'/>
   <disk type='file' device='disk'>
     <driver name='qemu' type='qcow2' cache='none' discard='unmap'/><source file='{FOLDER}/vdb.qcow2'/>
+    <backingStore type='file'><format type='qcow2'/><source file='{FOLDER}/vdb.base'/><backingStore/></backingStore>
     <target dev='vdb' bus='virtio'/>
   </disk>
   <disk type='file' device='disk'>
@@ -33,8 +34,12 @@ DISKS = f"""
   <interface type='bridge'>
     <mac address='52:54:00:00:00:11'/><source bridge='br0'/><model type='virtio'/><driver name='qemu'/><rom enabled='no'/>
   </interface>
+  <interface type='network'>
+    <mac address='52:54:00:00:00:12'/><source network='lan'/><model type='virtio'/><driver name='qemu'/><rom enabled='no'/>
+  </interface>
 </devices>
 """
+NETWORK = "<network><name>lan</name><forward mode='bridge'/><bridge name='br0'/></network>"
 
 
 def make_files(host: Host) -> None:
@@ -57,6 +62,8 @@ def many(fresh_world: None) -> Iterator[None]:
     devices.extend(list(extra))
     try:
         make_files(H1)
+        for host in HOSTS:
+            host.sh(f'echo "{NETWORK}" > /run/lan.xml && virsh -q net-define /run/lan.xml && virsh -q net-start lan')
         start(ET.tostring(definition, encoding="unicode"))
         yield
     finally:
@@ -68,6 +75,7 @@ def many(fresh_world: None) -> Iterator[None]:
             host.run("virsh", "undefine", "vm1", check=False)
             host.mcft("forget", "vm1", "--local", "--yes", check=False)
             host.sh(f"cd {FOLDER} && rm -f vdb.* vdc.img* sda.img* sdb.img* vm1.img*")
+            host.sh("virsh -q net-destroy lan; virsh -q net-undefine lan; rm -f /run/lan.xml", check=False)
         H1.sh(f"truncate -s 64M {FOLDER}/vm1.img")
         start(plain)
 
@@ -88,6 +96,11 @@ def nodes_of_ours(host: Host) -> list[str]:
     return [n["node-name"] for n in host.qmp("query-named-block-nodes") if n["node-name"].startswith("mcft-")]
 
 
+def ports_of_the_bridge(host: Host) -> set[str]:
+    """The taps on br0 that are up."""
+    return set(host.sh("ip -br link show master br0 up | awk '$1 ~ /^vnet/ { print $1 }'").split())
+
+
 def sums() -> dict[str, str]:
     return {name: guest("sum", name, timeout=40) for name in NAMES}
 
@@ -99,12 +112,19 @@ def not_again(fresh_world: None) -> Iterator[None]:
 
 
 def test_every_disk_and_nic_of_a_domain(many: None, not_again: None, load: Load) -> None:
-    """Each disk's content comes along, what is written under protection included; both NICs are held.
+    """Each disk's content comes along, what is written under protection included; every NIC is held.
 
-    Fails if one disk is copied and not replicated, if a chain or an iothread is in the way, if the second NIC is a hole.
+    Fails if one disk is copied and not replicated, if a chain (also one that the XML spells out) or an iothread is in the
+    way, if the second NIC is a hole, if a peer without the NIC's network is not refused, or if that NIC is not plugged in there.
     """
     fill(1)
+    H2.sh("virsh -q net-destroy lan")
+    refused = H1.mcft("protect", "vm1", "--to", "host2", check=False)
+    assert refused.returncode == 4 and "running network 'lan'" in refused.stderr, refused.stderr
+    H2.sh("virsh -q net-start lan")
     protect(H1, timeout=90)
+    held = [nic["target"] for nic in H1.status()["network"]["nics"]]
+    assert len(held) == 3 and set(held) <= ports_of_the_bridge(H1), held
     assert sorted(d["target"] for d in H1.status()["disks"]) == sorted(["vda", *NAMES])
     load.flowing()
     fill(2)
@@ -118,6 +138,7 @@ def test_every_disk_and_nic_of_a_domain(many: None, not_again: None, load: Load)
     outside = H2.sh(f"cd {FOLDER} && sha256sum sda.img sdb.img vdc.img").split()[::2]
     assert sorted(outside) == sorted(written[name] for name in ("sda", "sdb", "vdc"))
     assert not nodes_of_ours(H2)
+    assert len(ports_of_the_bridge(H2)) == 3
     load.finished()
 
 
