@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
+from conftest import EVIDENCE
 from watching import Load
-from world import H1, H2, HOSTS, NOT_AGAIN, Host, configured, guest, guest_answers, lab, protect, until
+from world import H1, H2, HOSTS, NOT_AGAIN, Host, configured, guest, guest_answers, lab, now, protect, until
 
 FOLDER = "/var/lib/libvirt/images"
 NAMES = ("vdb", "sda", "sdb", "vdc")
@@ -151,3 +152,41 @@ def test_and_back_to_as_it_was(many: None) -> None:
     assert sums() == before
     assert not nodes_of_ours(H1)
     assert not H2.sh(f"ls {FOLDER}").split()
+
+
+@pytest.fixture
+def big(fresh_world: None) -> Iterator[None]:
+    """vm1 with 3 GiB of memory; afterwards as it was."""
+    definition = ET.fromstring(H1.run("virsh", "dumpxml", "vm1", "--inactive").stdout)
+    plain = ET.tostring(definition, encoding="unicode")
+    for tag in ("memory", "currentMemory"):
+        element = definition.find(tag)
+        assert element is not None
+        element.text = str(3 << 20)  # KiB, as libvirt dumps it
+    try:
+        start(ET.tostring(definition, encoding="unicode"))
+        yield
+    finally:
+        for host in HOSTS:
+            host.sh("virsh -q destroy vm1; virsh -q undefine vm1; mcft forget vm1 --local --yes", check=False)
+            host.sh(f"rm -f {FOLDER}/vm1.img*")
+        H1.sh(f"truncate -s 64M {FOLDER}/vm1.img")
+        start(plain)
+
+
+@pytest.mark.skipif(not EVIDENCE, reason="three times 3 GiB of memory")
+def test_some_gib_of_memory(big: None, not_again: None, load: Load, measure: Callable[[str, float], float]) -> None:
+    """Protected while it changes its memory, and taken over. Fails if the size of the memory alone lengthens a checkpoint
+    so that the set-up's deadlines or the keepalives' are missed."""
+    assert guest("dirty", "20") == "ok"
+    load.flowing()
+    begun_s = now()
+    protect(H1, timeout=180)
+    measure("protect, 3 GiB, 20 MiB/s dirty", now() - begun_s)
+    pauses = H1.status()["checkpoints"]["pause_ms"]
+    measure("pause of a checkpoint, 3 GiB, 20 MiB/s dirty (p50)", pauses["p50"] / 1000)
+    H1.kill_qemu()
+    H2.await_state("active", timeout=30)
+    load.goes_on()
+    assert guest("dirty", "0") == "ok"
+    load.finished()
