@@ -18,7 +18,7 @@ import msgspec
 
 from mcft import config as configuration
 from mcft import diskreplica, filterbuffer, streams
-from mcft.agent import model, network, overlays
+from mcft.agent import domainxml, model, network, overlays
 from mcft.agent.gates import unit
 from mcft.agent.hook import Markers
 from mcft.agent.process import run
@@ -98,6 +98,8 @@ async def _keep_overlays(host: LibvirtHost, body: model.Body, info: DomainInfo |
         await diskreplica.drop_overlays(qmp, body.disks, body.overlays_g)
     else:
         await overlays.commit_files(body.disks, body.overlays_g)
+    # The agent defines what it took over after the guest talks again; it may have been cut off before that.
+    await host.define(domainxml.moved(body.xml, body.disk_paths))
 
 
 async def _stored(config: configuration.Config, domain: str) -> tuple[model.Body | None, Ledger]:

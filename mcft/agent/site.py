@@ -289,16 +289,17 @@ class Life:
             self.event("alarm", str(error), "alarm")
             return
         await diskreplica.drop_overlays(self.qmp, self.body.disks, self.body.g)
-        self.body.overlays_g = 0
-        self.label()
-        # Only now: before, a guest that is started on the disk alone would see an older one.
-        self.site.markers.free(self.body.uuid)
-        await self.save()
         await self.gate.end()
         await remove_monitor(self.qmp, self.monitor_path())
         await self.clear_quickack()
         await self.engine.reset(self.qmp)
         await streams.drop_credentials(self.qmp)
+        # Only now: before, a guest that is started on the disk alone would see an older one, and protecting again by
+        # itself would meet this cleaning.
+        self.body.overlays_g = 0
+        self.label()
+        self.site.markers.free(self.body.uuid)
+        await self.save()
         self.event("take-over", "the overlays are committed; nothing of the take-over is left in the domain")
 
     async def commit_offline(self) -> None:

@@ -50,8 +50,10 @@ EITHER = ("resume vm1",)  # refused while a checkpoint is under way, without eff
 
 
 @pytest.fixture
-def extra_disk() -> None:
+def extra_disk() -> Iterator[None]:
     H1.sh(f"truncate -s 8M {DISK}")
+    yield
+    H1.sh(f"rm -f {DISK}")
 
 
 @pytest.fixture
