@@ -158,6 +158,7 @@ power_on() {
     if init_pid "$n" > /dev/null; then die "$n is on already"; fi
     host_went_down "$n"
     net_host_up "$n"
+    [ "$n" != $SPARE ] || host_disk_new "$n"
     host_start "$n"
     host_ready "$n"
 }

@@ -11,6 +11,7 @@ case $INSTANCE in *[!a-z0-9-]* | -?????????*) echo "lab: MCFT_LAB must be at mos
 STATE=/run/mcft-lab$INSTANCE # what exists only while the lab is up
 NS=mcft$INSTANCE-            # its namespaces' names begin with this
 HOSTS="h1 h2"                # these run systemd, libvirtd and the agent
+SPARE=h3                     # one more, which `up` leaves off: `lab power h3 on`
 PLAIN="cl arb sw"            # these run nothing but what `lab run` starts there
 ALL="$HOSTS $PLAIN"
 
@@ -32,10 +33,10 @@ wait_for() {
     done
 }
 
-hostname_of() { case $1 in h1) echo host1 ;; h2) echo host2 ;; *) echo "$1" ;; esac; }
-lan_ip() { case $1 in h1) echo 10.77.0.1 ;; h2) echo 10.77.0.2 ;; cl) echo 10.77.0.100 ;; arb) echo 10.77.0.200 ;; esac; }
-rep_ip() { case $1 in h1) echo 10.99.0.1 ;; h2) echo 10.99.0.2 ;; arb) echo 10.99.0.200 ;; esac; }
-is_host() { case " $HOSTS " in *" $1 "*) return 0 ;; *) return 1 ;; esac; }
+hostname_of() { case $1 in h1) echo host1 ;; h2) echo host2 ;; h3) echo host3 ;; *) echo "$1" ;; esac; }
+lan_ip() { case $1 in h1) echo 10.77.0.1 ;; h2) echo 10.77.0.2 ;; h3) echo 10.77.0.3 ;; cl) echo 10.77.0.100 ;; arb) echo 10.77.0.200 ;; esac; }
+rep_ip() { case $1 in h1) echo 10.99.0.1 ;; h2) echo 10.99.0.2 ;; h3) echo 10.99.0.3 ;; arb) echo 10.99.0.200 ;; esac; }
+is_host() { case " $HOSTS $SPARE " in *" $1 "*) return 0 ;; *) return 1 ;; esac; }
 
 # A process is named by pid and start time together, so that a recycled pid is never mistaken for ours.
 start_time() { local s; { read -r s < "/proc/$1/stat"; } 2>/dev/null || return 1; s=${s##*) }; set -- $s; echo "${20}"; }

@@ -2,7 +2,7 @@
 # Certificates, made once and kept in the cache: one CA, host1, host2, and two for tests (a stranger of the same CA, and one of another).
 
 PKI=$CACHE/pki
-PKI_VERSION=1
+PKI_VERSION=2
 
 make_ca() { # make_ca DIR CN
     openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 3650 -subj "/CN=$2" \
@@ -26,6 +26,7 @@ build_pki() {
     make_ca "$PKI.new" "mcft lab" && make_ca "$PKI.new/other" "mcft lab, another CA"
     make_cert "$PKI.new" host1 DNS:host1,DNS:h1,IP:10.99.0.1,IP:10.77.0.1
     make_cert "$PKI.new" host2 DNS:host2,DNS:h2,IP:10.99.0.2,IP:10.77.0.2
+    make_cert "$PKI.new" host3 DNS:host3,DNS:h3,IP:10.99.0.3,IP:10.77.0.3
     make_cert "$PKI.new" stranger DNS:stranger,IP:10.77.0.100
     make_cert "$PKI.new/other" foreign DNS:host1,DNS:host2,IP:10.77.0.100
     mv "$PKI.new" "$PKI" && echo $PKI_VERSION > "$CACHE/pki.stamp"

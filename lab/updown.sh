@@ -86,10 +86,10 @@ tear_down() {
         find "$CG" -depth -type d -exec rmdir {} + 2>/dev/null || :
         [ ! -d "$CG" ] || wait_for 5 "the lab's cgroups to empty" remove_cgroups
     fi
-    for h in $ALL; do net_host_down "$h"; done
+    for h in $ALL $SPARE; do net_host_down "$h"; done
     # (the mount namespaces of the dead go with them; these are the machine's own)
     awk -v s="$STATE/" 'index($2, s) == 1 { print $2 }' /proc/mounts | tac | while read -r l; do umount "$l" || umount -l "$l"; done
-    for h in $HOSTS; do
+    for h in $HOSTS $SPARE; do
         losetup -j "$(hdir "$h")/store.img" 2>/dev/null | cut -d: -f1 | while read -r l; do losetup -d "$l"; done
     done
     rm -rf "$STATE"
@@ -109,7 +109,7 @@ remove_cgroups() { find "$CG" -depth -type d -exec rmdir {} + && [ ! -d "$CG" ];
 lab_down() {
     take_lock 10
     tear_down
-    for h in $ALL; do rm -rf "$(hdir "$h")"; done
+    for h in $ALL $SPARE; do rm -rf "$(hdir "$h")"; done
     say "down"
 }
 
@@ -117,7 +117,7 @@ lab_status() {
     local h pid
     [ -d "$STATE" ] || { echo "the lab is down"; return 1; }
     [ -e "$STATE/up" ] || echo "the lab is only partly up (lab/lab down cleans it)"
-    for h in $ALL; do
+    for h in $ALL $SPARE; do
         if pid=$(init_pid "$h"); then
             printf '%-4s up   pid %-7s %s %s' "$h" "$pid" "$(lan_ip "$h")" "$(rep_ip "$h")"
             if is_host "$h"; then
@@ -134,7 +134,7 @@ lab_status() {
 
 lab_install() {
     local h pid
-    for h in $HOSTS; do
+    for h in $HOSTS $SPARE; do
         pid=$(init_pid "$h") || continue
         mcft_files "$h" "/proc/$pid/root"
         host_units "/proc/$pid/root"

@@ -43,7 +43,7 @@ vm_start() {
     is_host "$on" || die "usage: lab/lab vm start [h1|h2] [vm1|vm2]"
     address_of "$vm" > /dev/null
     init_pid "$on" > /dev/null || die "$on is not up"
-    for h in $HOSTS; do vm_remove "$h" "$vm"; done
+    for h in $HOSTS $SPARE; do vm_remove "$h" "$vm"; done
     vm_xml "$vm" | lab_run "$on" -- sh -c "cat > /run/$vm.xml && truncate -s 64M $(image_of "$vm") &&
         virsh -q define /run/$vm.xml && virsh -q start $vm" > /dev/null
     SAY_TIMEOUT=1 wait_for "${VM_BOOT_SECONDS:-60}" "the guest to answer" guest_say "@$vm" ping ||
@@ -56,7 +56,7 @@ vm_cmd() {
     local h
     case ${1:-} in
     start) vm_start "${2:-h1}" "${3:-vm1}" ;;
-    clean | stop) for h in $HOSTS; do vm_remove "$h" "${2:-vm1}"; done ;;
+    clean | stop) for h in $HOSTS $SPARE; do vm_remove "$h" "${2:-vm1}"; done ;;
     *) die "usage: lab/lab vm start [h1|h2] [vm1|vm2] | clean [vm1|vm2]" ;;
     esac
 }

@@ -1,12 +1,13 @@
-"""Two domains, each host the other's standby; and then one host is gone."""
+"""Two domains: each host the other's standby, or one host with two standbys' hosts; and then that host is gone."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import pytest
+from conftest import EVIDENCE
 from watching import Load
-from world import H1, H2, HOSTS, Host, guest, lab, protect, until
+from world import H1, H2, HOSTS, SPARE, Host, configured, guest, lab, protect, until
 
 
 def redis(*words: str) -> str:
@@ -59,3 +60,45 @@ def test_each_the_others_standby_and_one_host_dies(vm2: None, load: Load) -> Non
     assert H2.qemu_pid("vm2") == ends[3] and guest("@vm2", "ping") == "pong"
     H2.await_state("active")
     load.finished()
+
+
+@pytest.fixture
+def third_host() -> Iterator[None]:
+    """host3 is on, and host1 knows it as a peer; afterwards it is off."""
+    SPARE.power_on()
+    try:
+        until(SPARE.answers, 20, "h3: the agent answers")
+        with configured(H1, "printf '\\n[peers.host3]\\naddresses = [\"10.99.0.3\", \"10.77.0.3\"]\\n' >> $file"):
+            yield
+    finally:
+        SPARE.power_off()
+
+
+@pytest.mark.skipif(not EVIDENCE, reason="the long version of the above: a third host boots")
+def test_one_host_with_two_peers(third_host: None, load: Load) -> None:
+    """vm1 follows to host2, vm2 to host3; host1 dies, and each goes on where its copy was, with all it had.
+
+    Fails if one peer's link, ports or records are taken for the other's.
+    """
+    lab("vm", "start", "h1", "vm2")
+    try:
+        protect(H1)
+        assert H1.mcft("protect", "vm2", "--to", "host3", check=False).returncode == 0
+        H1.await_state("protected", domain="vm2")
+        assert {p["name"] for p in H1.api("/v1/peers")["peers"]} == {"host2", "host3"}
+        load.flowing()
+        assert redis("set", "before", "1") == "OK"
+        H1.power_off()
+        H2.await_state("active")
+        SPARE.await_state("active", domain="vm2")
+        load.goes_on()
+        until(lambda: redis("get", "before") == "1", 20, "vm2's redis answers on h3, with what it had acknowledged")
+        assert H2.qemu_pid("vm2") is None and SPARE.qemu_pid("vm1") is None
+        load.finished()
+    finally:
+        if not H1.on:
+            H1.power_on()
+        until(H1.answers, 20, "h1: the agent answers")
+        for host in (H1, SPARE):
+            host.sh("virsh -q destroy vm2; mcft forget vm2 --local --yes", check=False)
+        lab("vm", "clean", "vm2")

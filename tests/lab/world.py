@@ -228,6 +228,7 @@ class Host:
 
 H1, H2 = Host("h1", "host1"), Host("h2", "host2")
 HOSTS = (H1, H2)
+SPARE = Host("h3", "host3")  # off but for a test that powers it on; it is made anew then
 
 
 def other(host: Host) -> Host:
