@@ -324,8 +324,11 @@ async def committed(qmp: Qmp, disks: list[Disk]) -> bool:
 
 
 async def drop_overlays(qmp: Qmp, disks: list[Disk], g: int) -> None:
-    """Once committed: libvirt's nodes back under the devices, the overlays' nodes and files away."""
-    await restore(qmp, disks)
+    """Once committed: libvirt's nodes back under the devices, the overlays' nodes and files away.
+
+    A guest that took over runs: one that stands was stopped by an attempt of ours that was cut off (the agent killed).
+    """
+    await restore(qmp, disks, was_running=True)
     graph = await nodes(qmp)
     for disk in disks:
         for name in (f"mcft-a-{disk.target}", f"mcft-h-{disk.target}"):
