@@ -113,7 +113,7 @@ class World:
     def __init__(self) -> None:
         self.written: dict[str, int] = dict.fromkeys(HOME, 0)
         for domain in HOME:
-            redis(domain, "del", "list")
+            until(lambda domain=domain: redis(domain, "del", "list").isdigit(), 30, f"redis of {domain} begins anew")
 
     def settled(self) -> None:
         """Nothing is under way, and each domain runs somewhere: one that was ended is started where it belongs."""
