@@ -16,9 +16,9 @@ IMAGES = "/var/lib/libvirt/images"
 THIN = "/run/thin"
 FILL = "cat /dev/zero > {}/fill 2> /dev/null; :"
 
-# Full: a small file system holds the disk and its overlays, with room for the first copy. Broken: it lies on a loop
+# Full: a small file system holds the disk and its overlays, with the room that `protect` asks for. Broken: it lies on a loop
 # device, which answers EIO once it was shrunk.
-FULL = f"mount -t tmpfs -o size=80M,mode=711 thin {IMAGES}"
+FULL = f"mount -t tmpfs -o size=160M,mode=711 thin {IMAGES}"
 POOL = f"mkdir -p {THIN} && mount -t tmpfs -o size=90M thin {THIN} && truncate -s 200M {THIN}/device"
 BROKEN = f"""mkfs.ext4 -q -E lazy_itable_init=0 -O ^has_journal {THIN}/device && rm -f /dev/thin &&
     mknod /dev/thin b 7 {{minor}} && mount /dev/thin {IMAGES} && chmod 711 {IMAGES}"""
