@@ -26,7 +26,7 @@ def take_overs() -> int:
 
 
 def uptime_s() -> float:
-    return float(guest("uptime").split()[0])
+    return float(guest("uptime", timeout=10).split()[0])
 
 
 def ended() -> bool:
@@ -38,7 +38,7 @@ def has_booted_again() -> bool:
     """It may answer once more before it goes down, and be gone when it is asked for its uptime."""
     try:
         return guest_answers() and uptime_s() < 30
-    except AssertionError:
+    except (AssertionError, subprocess.TimeoutExpired):
         return False
 
 
