@@ -13,75 +13,36 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import os
-import select
 import socket
 import struct
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
+from mcft import plugkernel as kernel
 from mcft import plugwire as wire
-from mcft.errors import Failed, Refused
+from mcft.errors import Failed
 from mcft.netbuffer import Backlog, Mode, Nic
+from mcft.plugjudge import judge, news, socket_filter
+from mcft.plugkernel import DRAIN_MS, Netlink
 from mcft.plugwire import Line
 
 RTNLGRP_LINK, RTNLGRP_TC = 1, 4
 _SO_ATTACH_FILTER, _SO_RCVBUFFORCE, _SOL_NETLINK, _NETLINK_ADD_MEMBERSHIP = 26, 33, 270, 1
-ANSWER_S = 2.0
-DRAIN_MS = 200.0
 
 
-class Netlink:
-    """A NETLINK_ROUTE socket. `ask` waits for the kernel's answer (set-up); `fire` and `answers` never do (timed path)."""
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """How much a NIC's plug holds before it drops. asked_bytes 0: by the link's MTU and how long an epoch may wait."""
 
-    def __init__(self) -> None:
-        self.sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
-        self.sock.bind((0, 0))
-        self.sock.setblocking(False)
-        self.port = int(self.sock.getsockname()[0])
-        self._sequence = 0
+    asked_bytes: int
+    delay_ms: float = 100.0
+    loss_ms: float = 300.0
 
-    def close(self) -> None:
-        self.sock.close()
-
-    def _numbered(self, message: bytes) -> bytes:
-        self._sequence = (self._sequence + 1) & 0x7FFFFFFF
-        return message[:8] + struct.pack("=I", self._sequence) + message[12:]
-
-    def ask(self, message: bytes) -> list[tuple[int, bytes]]:
-        """Send one and return what came back, (type, body) each. Raises: OSError with the kernel's errno."""
-        self.sock.send(self._numbered(message))
-        found: list[tuple[int, bytes]] = []
-        while True:
-            if not select.select([self.sock], [], [], ANSWER_S)[0]:
-                raise TimeoutError(errno.ETIMEDOUT, "the kernel does not answer")
-            for kind, sequence, body in wire.messages(self.sock.recv(1 << 18)):
-                if sequence != self._sequence:
-                    continue  # the acknowledgement of something fired before
-                if kind in (wire.ERROR, wire.DONE):
-                    if code := wire.error_of(body):
-                        raise OSError(code, os.strerror(code))
-                    return found
-                found.append((kind, body))
-                if message[6:8] == b"\1\0":  # NLM_F_REQUEST alone: one answer, no acknowledgement
-                    return found
-
-    def fire(self, messages: bytes) -> None:
-        """Send without waiting. Raises: OSError."""
-        self.sock.send(messages)
-
-    def answers(self) -> Iterator[int]:
-        """The errno (0: done) of each acknowledgement that has arrived."""
-        while True:
-            try:
-                datagram = self.sock.recv(1 << 16)
-            except BlockingIOError:
-                return
-            for kind, _, body in wire.messages(datagram):
-                if kind == wire.ERROR:
-                    yield wire.error_of(body)
+    def of(self, mtu: int) -> int:
+        """The limit in bytes for a link of this MTU."""
+        return self.asked_bytes or wire.default_limit_bytes(mtu, self.delay_ms, self.loss_ms)
 
 
 @dataclass
@@ -96,6 +57,7 @@ class PlugBuffer:
     taps: list[str] = field(default_factory=list)  # whose pieces `detach` takes away, also of a line that is broken
     mode: Mode = "pass"
     broken: str = ""
+    by_qemus_end: bool = False  # what broke it may be no more than the end of QEMU, whose taps go with it
     merged: int = 0  # barriers that came while one was outstanding: the kernel counts no second one
     taps_up: bool = True  # what we want; a tap that somebody else sets down is a change
     remarks: list[str] = field(default_factory=list)
@@ -184,9 +146,10 @@ class PlugBuffer:
                 self.broken = self.broken or f"notifications of the kernel were lost ({error.strerror})"
                 return
             for kind, _, body in wire.messages(datagram):
-                heard = wire.news(kind, body)
-                verdict = wire.judge(self.lines, heard, taps_up=self.taps_up) if heard is not None else None
+                heard = news(kind, body)
+                verdict = judge(self.lines, heard, taps_up=self.taps_up) if heard is not None else None
                 if verdict is not None and verdict.tampered:
+                    self.by_qemus_end = verdict.by_its_end and (self.by_qemus_end or not self.broken)
                     self.broken = self.broken or verdict.what
                 elif verdict is not None:
                     self.remarks.append(verdict.what)
@@ -194,7 +157,7 @@ class PlugBuffer:
     def _subscribe(self) -> None:
         """From now on every change by others is heard; what went before is looked at once."""
         indexes = [index for line in self.lines for index in (line.tap_index, line.ifb_index)]
-        program = ctypes.create_string_buffer(wire.socket_filter(self.link.port, indexes))
+        program = ctypes.create_string_buffer(socket_filter(self.link.port, indexes))
         watch = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
         count = (len(program) - 1) // 8
         fprog = struct.pack("HxxxxxxP" if struct.calcsize("P") == 8 else "HxxP", count, ctypes.addressof(program))
@@ -217,11 +180,11 @@ class PlugBuffer:
         """Whether every piece stands as it was made; the first that does not, or empty. Reads the kernel."""
         for line in self.lines:
             try:
-                if not _seen(self.link, line.ifb_index).up:
+                if not kernel.seen(self.link, line.ifb_index).up:
                     return f"{line.ifb} is down"
-                if not any(queue.handle == line.handle and queue.kind == "plug" for queue in _queues(self.link, line.ifb_index)):
+                if not any(q.handle == line.handle and q.kind == "plug" for q in kernel.queues(self.link, line.ifb_index)):
                     return f"{line.ifb} has no plug qdisc of mcft's"
-                if not _redirected(self.link, line):
+                if not kernel.redirected(self.link, line):
                     return f"the ingress filter from {line.tap} to {line.ifb} is gone"
             except OSError as error:
                 return f"{line.ifb}: {error.strerror}"
@@ -229,11 +192,11 @@ class PlugBuffer:
 
     # ---- set-up and its undo; these wait for the kernel ----
 
-    def attach(self, nics: list[Nic], limits: list[int]) -> None:
-        """Put every NIC's way in place, in pass-through. Raises: Refused, Failed; all or nothing. Again: nothing changes."""
+    def attach(self, nics: list[Nic], limit: Limit) -> None:
+        """Put every NIC's way in place, in pass-through. Raises: Refused, Failed; all or nothing."""
         self.taps = [nic.target for nic in nics]
         try:
-            for nic, limit in zip(nics, limits, strict=True):
+            for nic in nics:
                 with _named(f"the network buffer of {nic.target} can't be attached"):
                     self._attach_line(nic, limit)
         except BaseException:
@@ -243,12 +206,13 @@ class PlugBuffer:
         self._subscribe()
         self._check()
 
-    def _attach_line(self, nic: Nic, limit_bytes: int) -> None:
-        remove(self.link, nic.target)  # what an attach that was cut off has left
+    def _attach_line(self, nic: Nic, limit: Limit) -> None:
+        kernel.remove(self.link, nic.target)  # what an attach that was cut off has left
         tap_index = socket.if_nametoindex(nic.target)
-        copied = wire.copies(_filters(self.link, tap_index), nic.target)
+        copied = wire.copies(kernel.filters(self.link, tap_index), nic.target)
         name = wire.ifb_name(nic.target)
-        ifb_index, found = _make_ifb(self.link, nic.target, name)
+        ifb_index, found = kernel.make_ifb(self.link, nic.target, name)
+        limit_bytes = limit.of(kernel.seen(self.link, tap_index).mtu)
         line = Line(nic.target, tap_index, name, ifb_index, wire.next_handle(0), limit_bytes)
         self.lines.append(line)
         try:
@@ -264,20 +228,21 @@ class PlugBuffer:
                 self.link.ask(wire.copy_filter(theirs, ifb_index))
         self.link.ask(wire.redirect(line))
 
-    def adopt(self, nics: list[Nic], limits: list[int], mode: Mode) -> None:
+    def adopt(self, nics: list[Nic], limit: Limit, mode: Mode) -> None:
         """After a gate's death: the kernel's counts of epochs can't be read, so a new plug takes the old one's place and
         what that held is dropped; nothing leaks. `broken` after: the pieces did not stand as the dead gate had left them.
         """
         self.mode, self.taps_up, self.taps = mode, mode != "closed", [nic.target for nic in nics]
-        for nic, limit in zip(nics, limits, strict=True):
+        for nic in nics:
             name = wire.ifb_name(nic.target)
             try:
                 ifb_index, tap_index = socket.if_nametoindex(name), socket.if_nametoindex(nic.target)
-                handle = next((q.handle for q in _queues(self.link, ifb_index) if q.kind == "plug"), 0)
+                handle = next((q.handle for q in kernel.queues(self.link, ifb_index) if q.kind == "plug"), 0)
+                limit_bytes = limit.of(kernel.seen(self.link, tap_index).mtu)
             except OSError:
-                self.broken = f"{name} or {nic.target} is gone"
+                self.broken, self.by_qemus_end = f"{name} or {nic.target} is gone", not _there(nic.target)
                 continue
-            line = Line(nic.target, tap_index, name, ifb_index, handle, limit)
+            line = Line(nic.target, tap_index, name, ifb_index, handle, limit_bytes)
             self.lines.append(line)
             if not handle:
                 self.broken = f"{name} has no plug qdisc any more"
@@ -290,12 +255,8 @@ class PlugBuffer:
     def detach(self) -> None:
         """Everything that waits leaves in order, then every piece goes away and the taps are as they were before. Idempotent."""
         self._unsubscribe()
-        for line in self.lines:
-            with contextlib.suppress(OSError):
-                self.link.ask(wire.plug(line, "release-indefinite"))
-                _drain(self.link, line.ifb_index)
         for tap in self.taps:
-            remove(self.link, tap)
+            kernel.remove(self.link, tap)
         self.lines, self.taps, self._steps, self.outstanding, self.mode = [], [], {}, False, "pass"
 
     def shut(self) -> None:
@@ -341,7 +302,7 @@ class PlugBuffer:
     def _queues(self) -> list[wire.Queue]:
         found = []
         for line in self.lines:
-            for queue in _queues(self.link, line.ifb_index):
+            for queue in kernel.queues(self.link, line.ifb_index):
                 if queue.handle == line.handle:
                     found.append(queue)
                     self._known[line.ifb_index] = Backlog(line.tap, queue.packets, queue.bytes, queue.dropped)
@@ -362,89 +323,8 @@ def _named(what: str) -> Iterator[None]:
         raise Failed("net-buffer", what, f"{error.strerror or error}", "see: ip link, tc qdisc, tc filter") from None
 
 
-def _queues(link: Netlink, index: int) -> list[wire.Queue]:
-    found = [wire.queue(body) for kind, body in link.ask(wire.ask_queues(index)) if kind == wire.NEWQDISC]
-    return [queue for queue in found if queue.index == index]
-
-
-def _drain(link: Netlink, index: int) -> None:
-    """Wait until nothing waits in this interface's qdiscs, at most 200 ms."""
-    end = time.monotonic() + DRAIN_MS / 1000
-    while time.monotonic() < end and any(queue.packets for queue in _queues(link, index)):
-        time.sleep(0.0005)
-
-
-def _filters(link: Netlink, index: int) -> list[wire.Filter]:
-    """The ingress filters of this interface; none if it has no ingress qdisc."""
+def _there(tap: str) -> bool:
     try:
-        return [wire.filter_(body) for kind, body in link.ask(wire.ask_filters(index, wire.INGRESS)) if kind == wire.NEWTFILTER]
-    except OSError as error:
-        if error.errno in (errno.EINVAL, errno.ENOENT):
-            return []
-        raise
-
-
-def _redirected(link: Netlink, line: Line) -> bool:
-    found = [f for f in _filters(link, line.tap_index) if f.options]
-    return any(f.priority == wire.OUR_PRIORITY and wire.redirects_to(f) == line.ifb_index for f in found)
-
-
-def _seen(link: Netlink, index: int) -> wire.Link:
-    ((_, body),) = link.ask(wire.ask_link(index))
-    return wire.link(body)
-
-
-def _make_ifb(link: Netlink, tap: str, name: str) -> tuple[int, list[str]]:
-    """The index of an IFB that is ours, and what of it was there before. Raises: OSError, Refused ("ifb-taken")."""
-    found = []
-    try:
-        link.ask(wire.new_ifb(name))
-    except FileExistsError:
-        # QEMU's mc engine has people load `ifb` with its devices ready-made: one that nobody uses yet may be taken.
-        seen = _seen(link, socket.if_nametoindex(name))
-        if seen.kind != "ifb" or seen.up or seen.alias:
-            raise Refused(
-                "ifb-taken", f"the interface {name} is there and is not mcft's",
-                f"mcft holds what {tap} sends in an IFB of that name", f"see: ip -d link show {name}; rename or delete it",
-            ) from None  # fmt: skip
-        found.append("ifb")
-    index = socket.if_nametoindex(name)
-    link.ask(wire.change_link(index, up=True, alias=wire.alias(tap, found)))
-    return index, found
-
-
-def remove(link: Netlink, tap: str) -> None:
-    """Take every piece of this tap's buffer away, whatever is left of it. Others' filters stay; what is held is dropped.
-
-    The filter goes before the IFB, so that nothing is sent into one that is no more.
-    """
-    name, ifb_index, found = wire.ifb_name(tap), 0, []
-    with contextlib.suppress(OSError):
-        seen = _seen(link, socket.if_nametoindex(name))
-        before = wire.found_before(seen.alias, tap)
-        if before is not None:
-            ifb_index, found = seen.index, before
-    with contextlib.suppress(OSError):
-        index = socket.if_nametoindex(tap)
-        for theirs in _filters(link, index):
-            if theirs.options and theirs.priority == wire.OUR_PRIORITY and wire.redirects_to(theirs) in (0, ifb_index):
-                link.ask(wire.delete_redirect(Line(tap, index, name, 0, 0, 0)))
-                if "clsact" not in found and not _filtered(link, index):
-                    link.ask(wire.delete_clsact(index))
-    if not ifb_index:
-        return
-    with contextlib.suppress(OSError):
-        _drain(link, ifb_index)
-        if "ifb" in found:
-            for made in (wire.delete_clsact(ifb_index), wire.delete_root(ifb_index)):
-                with contextlib.suppress(OSError):
-                    link.ask(made)
-            link.ask(wire.change_link(ifb_index, up=False, alias=""))
-        else:
-            link.ask(wire.delete_link(ifb_index))
-
-
-def _filtered(link: Netlink, index: int) -> bool:
-    """Whether somebody filters there meanwhile: then the clsact is theirs now."""
-    parents = (wire.INGRESS, wire.EGRESS)
-    return any(kind == wire.NEWTFILTER for parent in parents for kind, _ in link.ask(wire.ask_filters(index, parent)))
+        return socket.if_nametoindex(tap) > 0
+    except OSError:
+        return False

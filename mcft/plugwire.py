@@ -1,4 +1,4 @@
-"""PURE: the plug buffer's rtnetlink messages, and the judgement of what others changed. No socket, no clock.
+"""PURE: the plug buffer's names and its rtnetlink messages, there and back. No socket, no clock.
 
 Per NIC: tap → ingress filter (matchall, all protocols, first) → redirect → IFB → `plug` qdisc → back to the tap's ingress,
 behind its filters. Messages are encoded once, by pyroute2; what the kernel says is read with `struct`, as it comes in the
@@ -37,8 +37,8 @@ OUR_PRIORITY = 1
 IFF_UP = 1
 NAME_BYTES = 15  # IFNAMSIZ without its end
 HEADER = struct.Struct("=IHHII")
-_TC = struct.Struct("=BxxxiIII")  # struct tcmsg: family, ifindex, handle, parent, info
-_LINK = struct.Struct("=BxHiII")  # struct ifinfomsg: family, type, index, flags, change
+TC = struct.Struct("=BxxxiIII")  # struct tcmsg: family, ifindex, handle, parent, info
+LINK = struct.Struct("=BxHiII")  # struct ifinfomsg: family, type, index, flags, change
 
 # What each classifier calls its flags (what the card's hardware made of it) and its actions: linux/pkt_cls.h.
 _FLAGS = {"matchall": 3, "u32": 11, "flower": 22, "basic": 0, "fw": 0}
@@ -57,18 +57,6 @@ class Line:
     ifb_index: int
     handle: int
     limit_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class News:
-    """A notification. parent, handle and priority are 0 for links; flags are 0 for the others."""
-
-    kind: int
-    index: int
-    handle: int = 0
-    parent: int = 0
-    priority: int = 0
-    flags: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,14 +93,6 @@ class Link:
     mtu: int
     alias: str
     kind: str
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """tampered: nothing may be released any more; otherwise it is only worth a word."""
-
-    tampered: bool
-    what: str
 
 
 # ---- names ----
@@ -216,7 +196,7 @@ def copy_filter(theirs: Filter, index: int) -> bytes:
     options = b"".join(_attr(kind, data) for kind, data in attributes(theirs.options) if kind != skipped or not skipped)
     body = _attr(1, theirs.kind.encode() + b"\0") + _attr(2, options)
     info = theirs.priority << 16 | theirs.protocol
-    return _raw(NEWTFILTER, CREATE | REQUEST | ACK, _TC.pack(0, index, 0, EGRESS, info) + body)
+    return _raw(NEWTFILTER, CREATE | REQUEST | ACK, TC.pack(0, index, 0, EGRESS, info) + body)
 
 
 def new_ifb(name: str) -> bytes:
@@ -244,15 +224,15 @@ def delete_link(index: int) -> bytes:
 
 def ask_queues(index: int) -> bytes:
     """A dump of this interface's qdiscs (older kernels: of all)."""
-    return _raw(GETQDISC, REQUEST | DUMP, _TC.pack(0, index, 0, 0, 0))
+    return _raw(GETQDISC, REQUEST | DUMP, TC.pack(0, index, 0, 0, 0))
 
 
 def ask_filters(index: int, parent: int) -> bytes:
-    return _raw(GETTFILTER, REQUEST | DUMP, _TC.pack(0, index, 0, parent, 0))
+    return _raw(GETTFILTER, REQUEST | DUMP, TC.pack(0, index, 0, parent, 0))
 
 
 def ask_link(index: int) -> bytes:
-    return _raw(GETLINK, REQUEST, _LINK.pack(0, 0, index, 0, 0))
+    return _raw(GETLINK, REQUEST, LINK.pack(0, 0, index, 0, 0))
 
 
 def _raw(kind: int, flags: int, body: bytes) -> bytes:
@@ -298,22 +278,11 @@ def error_of(body: bytes) -> int:
     return -int(code)
 
 
-def news(kind: int, body: bytes) -> News | None:
-    """A notification as News, None for kinds that don't matter here."""
-    if kind in (NEWLINK, DELLINK):
-        _, _, index, flags, _ = _LINK.unpack_from(body)
-        return News(kind, index, flags=flags)
-    if kind in (NEWQDISC, DELQDISC, NEWTFILTER, DELTFILTER, DELCHAIN):
-        _, index, handle, parent, info = _TC.unpack_from(body)
-        return News(kind, index, handle, parent, info >> 16)
-    return None
-
-
 def link(body: bytes) -> Link:
     """A message RTM_NEWLINK (linux/if_link.h: IFLA_MTU, IFLA_LINKINFO, IFLA_IFALIAS)."""
-    _, _, index, flags, _ = _LINK.unpack_from(body)
+    _, _, index, flags, _ = LINK.unpack_from(body)
     mtu, alias_, kind = 0, "", ""
-    for number, data in attributes(body[_LINK.size :]):
+    for number, data in attributes(body[LINK.size :]):
         if number == 4:
             (mtu,) = struct.unpack("=I", data)
         elif number == 20:
@@ -329,9 +298,9 @@ def _text(data: bytes) -> str:
 
 def queue(body: bytes) -> Queue:
     """A message RTM_NEWQDISC with its TCA_STATS2 (linux/gen_stats.h: struct gnet_stats_queue)."""
-    _, index, handle, parent, _ = _TC.unpack_from(body)
+    _, index, handle, parent, _ = TC.unpack_from(body)
     kind, waiting, backlog, dropped = "", 0, 0, 0
-    for number, data in attributes(body[_TC.size :]):
+    for number, data in attributes(body[TC.size :]):
         if number == 1:
             kind = _text(data)
         elif number == 7:
@@ -343,9 +312,9 @@ def queue(body: bytes) -> Queue:
 
 def filter_(body: bytes) -> Filter:
     """A message RTM_NEWTFILTER."""
-    _, _, handle, _, info = _TC.unpack_from(body)
+    _, _, handle, _, info = TC.unpack_from(body)
     kind, chain, options = "", 0, b""
-    for number, data in attributes(body[_TC.size :]):
+    for number, data in attributes(body[TC.size :]):
         if number == 1:
             kind = _text(data)
         elif number == 2:
@@ -412,65 +381,3 @@ def copies(theirs: list[Filter], tap: str) -> list[Filter]:
             continue  # the hash table that the kernel makes by itself
         found.append(theirs_)
     return found
-
-
-# ---- judging ----
-
-
-def judge(lines: list[Line], heard: News, *, taps_up: bool) -> Verdict | None:
-    """What a notification that is not of our own doing means. taps_up: whether we want the taps to be up."""
-    for line in lines:
-        if heard.index == line.ifb_index:
-            return _judge_ifb(line, heard)
-        if heard.index == line.tap_index:
-            return _judge_tap(line, heard, taps_up)
-    return None
-
-
-def _judge_ifb(line: Line, heard: News) -> Verdict | None:
-    if heard.kind == DELLINK:
-        return Verdict(True, f"{line.ifb} was deleted")
-    if heard.kind == NEWLINK:
-        if heard.flags & IFF_UP:
-            return None
-        return Verdict(True, f"{line.ifb} was set down: what it held is lost, and its counts are wrong from now on")
-    if heard.kind in (NEWQDISC, DELQDISC):
-        word = "deleted" if heard.kind == DELQDISC else "changed"
-        return Verdict(True, f"a qdisc of {line.ifb} was {word}")
-    return Verdict(True, f"a filter of {line.ifb} was changed")
-
-
-def _judge_tap(line: Line, heard: News, taps_up: bool) -> Verdict | None:
-    if heard.kind == DELLINK:
-        return Verdict(True, f"{line.tap} is gone")
-    if heard.kind == NEWLINK:
-        return Verdict(True, f"{line.tap} was set down") if taps_up and not heard.flags & IFF_UP else None
-    if heard.kind == NEWQDISC:
-        return None  # shaping towards the guest, or a second ingress, which the kernel refuses
-    if heard.kind == DELQDISC:
-        if heard.parent != CLSACT and heard.handle != INGRESS_HANDLE:
-            return None
-        return Verdict(True, f"the ingress qdisc of {line.tap} was deleted, with the filter that sends packets to {line.ifb}")
-    if heard.parent >> 16 != 0xFFFF or heard.parent == EGRESS:
-        return None  # a class's (libvirt's limit towards the guest), or what is sent to the guest
-    if heard.kind == DELCHAIN or heard.priority <= OUR_PRIORITY:
-        word = "changed" if heard.kind == NEWTFILTER else "deleted"
-        return Verdict(True, f"the filter that sends what {line.tap} receives to {line.ifb} was {word}")
-    word = "new" if heard.kind == NEWTFILTER else "deleted"
-    return Verdict(False, f"a {word} ingress filter of {line.tap} has no effect while the domain is protected")
-
-
-def socket_filter(own_port: int, indexes: list[int]) -> bytes:
-    """A classic BPF program for the notifications' socket: only of these interfaces, and not what `own_port` caused.
-
-    All messages that matter have the interface's index 4 bytes into their body (struct ifinfomsg, struct tcmsg).
-    """
-
-    def word(value: int) -> int:  # BPF loads in network order
-        return int.from_bytes(value.to_bytes(4, "little"), "big")
-
-    count = len(indexes)
-    program = [(0x20, 0, 0, 12), (0x15, count + 1, 0, word(own_port)), (0x20, 0, 0, 20)]
-    program += [(0x15, count - number, 0, word(index)) for number, index in enumerate(indexes)]
-    program += [(0x06, 0, 0, 0), (0x06, 0, 0, 0xFFFFFFFF)]
-    return b"".join(struct.pack("=HBBI", *instruction) for instruction in program)

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mcft.commit import (
     Acknowledged,
@@ -21,33 +21,30 @@ from mcft.commit import (
     SetBarrier,
 )
 from mcft.failover import OWN_DISK, Act, Verdict
-from mcft.filterbuffer import Channel, FilterBuffer, NoBuffer, attach_commands, detach_commands, make_channel, names
+from mcft.filterbuffer import (
+    DEFAULT_LIMIT_BYTES,
+    Channel,
+    FilterBuffer,
+    NoBuffer,
+    attach_commands,
+    detach_commands,
+    make_channel,
+    names,
+)
 from mcft.gate.control import Answer, Denied
 from mcft.gate.core import Gate, set_link
 from mcft.gate.loop import Commands, Task, boottime_ms
+from mcft.gate.samples import Samples
 from mcft.gate.state import process_start
 from mcft.keepalive import Heard
 from mcft.monitor import DISK_ERRORS, Message, stamp_ms
 
+if TYPE_CHECKING:
+    from mcft.gate.plug import PlugSide
+    from mcft.plugbuffer import PlugBuffer
+
 MAX_DELAY_MS = 0xFFFFFFFF
 SWITCH_DEADLINE_MS = 6000.0
-
-
-class Samples:
-    """The newest few hundred measurements of one quantity, in ms."""
-
-    def __init__(self, size: int = 600) -> None:
-        self._values: deque[float] = deque(maxlen=size)
-
-    def add(self, value: float) -> None:
-        self._values.append(value)
-
-    def quantiles(self) -> dict[str, float | None]:
-        """{"p50", "p99"}, None before the first."""
-        if not self._values:
-            return {"p50": None, "p99": None}
-        ordered = sorted(self._values)
-        return {"p50": round(ordered[len(ordered) // 2], 2), "p99": round(ordered[int(len(ordered) * 0.99)], 2)}
 
 
 class Primary:
@@ -55,7 +52,13 @@ class Primary:
 
     def __init__(self, gate: Gate) -> None:
         self.gate = gate
-        self.buffer: FilterBuffer | NoBuffer = NoBuffer() if gate.state.buffer == "none" else FilterBuffer()
+        self.plug: PlugSide | None = None
+        self.buffer: FilterBuffer | PlugBuffer | NoBuffer = NoBuffer() if gate.state.buffer == "none" else FilterBuffer()
+        if gate.state.buffer == "plug":
+            from mcft.gate.plug import PlugSide  # pyroute2 takes 0.3 s to import, and only this way needs it
+
+            self.plug = PlugSide(gate, self._stop_output, self._buffer_failed)
+            self.buffer = self.plug.buffer
         self.hold_ms, self.pause_ms, self.release_lag_ms = Samples(), Samples(), Samples()
         self.commit = self._new_commit()
         self._ack_ms = boottime_ms()
@@ -78,6 +81,8 @@ class Primary:
         elif self.gate.state.mode == "closed":
             self.buffer.mode = "closed"
             self.commit.stream_died("closed before this gate started")
+        if self.plug is not None:
+            self.plug.started()
 
     def monitor_connected(self) -> None:
         self.commit.monitor_reconnected()
@@ -134,6 +139,8 @@ class Primary:
                     self.buffer.release()
                     self.release_lag_ms.add(time.time() * 1000 - self._resume_stamp_ms)
                     self._watch_channels()
+                if self.plug is not None:
+                    self.plug.look()
             elif isinstance(action, AskCount):
                 self._count_epoch, self._count_after = action.epoch, self.gate.session.counter + 1
                 self.gate.say()
@@ -197,10 +204,18 @@ class Primary:
             with contextlib.suppress(OSError):
                 set_link(nic.target, up=up)
 
-    def _close(self, reason: str) -> None:
+    def _stop_output(self) -> None:
         self.buffer.close()
         if self.gate.state.buffer != "none":
             self._taps(up=False)
+
+    def _buffer_failed(self, reason: str) -> None:
+        """The plug was changed by somebody else: what it holds can't be trusted, and the watcher breaks the stream."""
+        self.gate.buffer_broken = reason
+        self._close(f"network buffer: {reason}")
+
+    def _close(self, reason: str) -> None:
+        self._stop_output()
         self.commit.stream_died(reason)
         self.gate.state.mode = "closed"
         self.gate.persist()
@@ -210,6 +225,9 @@ class Primary:
     def _attach(self, answer: Answer) -> Task:
         """Put a new pair of filters before each NIC, then take away a dead predecessor's."""
         state = self.gate.state
+        if self.plug is not None:
+            self.plug.attach(answer)
+            return
         if self._attaching or not isinstance(self.buffer, FilterBuffer):
             answer({})
             return
@@ -221,7 +239,7 @@ class Primary:
         old = [row["name"] for row in reply.get("return", []) if row["name"].startswith("mcft-net")]
         channels, error = [], ""
         for index, nic in enumerate(state.nics):
-            channel, theirs_out, theirs_in = make_channel(nic, state.limit_bytes)
+            channel, theirs_out, theirs_in = make_channel(nic, state.limit_bytes or DEFAULT_LIMIT_BYTES)
             ids = names(index, state.serial)
             older = [name for name in old if name.startswith(f"mcft-net{index}-") and name.endswith("-out")]
             replies = yield Commands([("getfd", {"fdname": ids["fd_out"]})], fds=(theirs_out.fileno(),))
@@ -277,6 +295,9 @@ class Primary:
     def _detach(self, answer: Answer) -> Task:
         """Only in pass-through, and with the guest standing still for some ms: what it sends next would otherwise
         overtake what is still on its way through our sockets."""
+        if self.plug is not None:
+            self.plug.detach(answer)
+            return
         if not isinstance(self.buffer, FilterBuffer):
             answer({})
             return
@@ -367,7 +388,7 @@ class Primary:
         }
 
     def _on_hold(self, request: dict[str, Any], answer: Answer) -> None:
-        self.buffer.hold()
+        (self.plug or self.buffer).hold()
         self.commit = self._new_commit()
         self.commit.hold()
         self._ack_ms = boottime_ms()
@@ -384,10 +405,10 @@ class Primary:
         """The agent has made durable what allows it (nothing armed, or solo and spoken): it names that record."""
         if self.gate.state.record in ("arming", "protected") and request.get("because") not in ("solo", "given-up"):
             raise Denied(f"{self.gate.state.record}({self.gate.state.g}) stands: opening needs given-up or a win")
-        if request.get("drop") and isinstance(self.buffer, FilterBuffer):
+        if request.get("drop") and not isinstance(self.buffer, NoBuffer):
             self.buffer.drop()
         self._taps(up=True)
-        self.buffer.open()
+        (self.plug or self.buffer).open()
         self._watch_channels()
         self.gate.state.mode = "pass"
         self.gate.persist()
@@ -429,6 +450,8 @@ class Primary:
 
     def status(self, now_ms: float) -> dict[str, Any]:
         stats, times = self.commit.stats, self._ack_times
+        if self.plug is not None:
+            self.plug.poll()
         recent = [t for t in times if now_ms - t < 5000]
         span = now_ms - recent[0] if len(recent) > 1 else 0.0
         return {
