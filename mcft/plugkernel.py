@@ -120,8 +120,15 @@ def make_ifb(link: Netlink, tap: str, name: str) -> tuple[int, list[str]]:
             raise _taken(tap, name) from None
         found.append("ifb")
     index = socket.if_nametoindex(name)
+    _disable_ipv6(name, "1")
     link.ask(wire.change_link(index, up=True, alias=wire.alias(tap, found)))
     return index, found
+
+
+def _disable_ipv6(name: str, value: str) -> None:
+    """An IFB with IPv6 sends router solicitations of its own: they would wait in the plug, and count as held and dropped."""
+    with contextlib.suppress(OSError), open(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6", "w", encoding="ascii") as file:
+        file.write(value)
 
 
 def _may_be_taken(there: wire.Link) -> bool:
@@ -217,6 +224,7 @@ def remove(link: Netlink, tap: str) -> None:
                 with contextlib.suppress(OSError):
                     link.ask(made)
             link.ask(wire.change_link(ifb_index, up=False, alias=""))
+            _disable_ipv6(name, "0")
         else:
             link.ask(wire.delete_link(ifb_index))
 

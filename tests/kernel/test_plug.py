@@ -181,6 +181,24 @@ def test_what_was_closed_stays_until_it_is_opened(wire: Wire, buffer: PlugBuffer
     assert wire.comes(10) == sent
 
 
+def test_a_large_packet_that_the_card_would_segment_passes_whole(wire: Wire, buffer: PlugBuffer) -> None:
+    """A guest whose card segments (TSO) sends up to 64 KiB at once. Fails if the limit is smaller than that."""
+    sh("ip link set vnet0 mtu 65521; ip link set br0 mtu 65521; ip link set c0 mtu 65521; ip link set c1 mtu 65521")
+    buffer.hold()
+    sent = wire.send(0, 5, size=60_000)
+    buffer.barrier()
+    buffer.release()
+    assert wire.comes(5) == sent
+
+
+def test_the_ifb_sends_nothing_of_its_own(wire: Wire, buffer: PlugBuffer) -> None:
+    """Fails if IPv6 is on there: its solicitations wait with the guest's packets, and nobody can explain the number."""
+    buffer.hold()
+    with open("/proc/sys/net/ipv6/conf/mcft-vnet0/disable_ipv6", encoding="ascii") as file:
+        assert file.read().strip() == "1"
+    assert "inet6" not in sh("ip address show mcft-vnet0") and held(buffer) == 0
+
+
 # ---- others ----
 
 
