@@ -80,9 +80,13 @@ def run() -> int:
     argv = words("/run/job/argv")
     child = os.fork()
     if not child:
-        os.setsid()
-        os.chdir(cwd)
-        os.execvpe(argv[0], argv, environ)
+        try:
+            os.setsid()
+            os.chdir(cwd)
+            os.execvpe(argv[0], argv, environ)
+        except OSError as error:
+            print(f"lab/uml: {argv[0]}: {error.strerror}", file=sys.stderr, flush=True)
+        os._exit(127)
     while True:
         pid, status = os.wait()
         if pid == child:
