@@ -7,9 +7,9 @@ RUN := $(VENV)/bin/python
 
 help:
 	@echo 'make demo       lab, protect, power loss, take-over, protect back, planned switch home; ends with a table'
-	@echo 'make test       lint, unit tests, and the lab (root; installs what it needs by itself)'
+	@echo 'make test       lint, unit tests, kernel tests, and the lab (root; installs what it needs by itself)'
 	@echo 'make test-unit  under a minute, without root or libvirt'
-	@echo 'make test-kernel  the kernel'"'"'s plug buffer, on user-mode Linux (root)'
+	@echo 'make test-kernel  the plug buffer, on user-mode Linux (root)'
 	@echo 'make bench      the figures, as ratios within one run'
 	@echo 'make evidence   the long versions of the lab tests'
 
@@ -36,7 +36,7 @@ test-lab: venv
 test-kernel: venv
 	lab/uml $(CURDIR)/$(RUN) -m pytest tests/kernel -v -p no:cacheprovider
 
-test: lint test-unit test-lab
+test: lint test-unit test-kernel test-lab
 
 demo: venv
 	$(RUN) -m bench.demo

@@ -35,6 +35,12 @@ class PlugSide:
         self._watch()
         self.look()
 
+    def monitor_connected(self) -> None: ...
+
+    def released(self) -> None:
+        """A release looks before it acts: what it saw is acted upon."""
+        self.look()
+
     def _limit(self) -> Limit:
         state = self.gate.state
         return Limit(state.limit_bytes, state.delay_ms, state.loss_ms)
