@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import selectors
 from collections.abc import Callable
-from typing import Any
 
 from mcft.errors import McftError
 from mcft.gate.control import Answer, Denied
@@ -117,8 +116,3 @@ class PlugSide:
         if now_ms - self._polled_ms >= POLL_EVERY_MS and not self.buffer.broken:
             self._polled_ms = now_ms
             self.buffer.poll()
-
-    def status(self) -> dict[str, Any]:
-        """{"ifbs": {tap: ifb}, "broken", "merged"}: which interface holds what."""
-        buffer = self.buffer
-        return {"ifbs": {line.tap: line.ifb for line in buffer.lines}, "broken": buffer.broken, "merged": buffer.merged}

@@ -56,7 +56,7 @@ class Wire:
 
     def __enter__(self) -> Wire:
         self._home = os.open("/proc/self/ns/net", os.O_RDONLY)
-        _unshare()
+        unshare()
         self.fds = {name: open_tap(name) for name in self.taps}
         taps = "".join(f"link set {name} master br0 up\n" for name in self.taps)
         batch = BRIDGE + taps  # one program: starting one is what takes time on this kernel
@@ -109,7 +109,8 @@ class Wire:
         return out
 
 
-def _unshare() -> None:
+def unshare() -> None:
+    """A network namespace of its own for this process."""
     assert LIBC.unshare(CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
 
 
