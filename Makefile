@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: help venv lint test-unit test-lab test demo bench evidence mutants man clean
+.PHONY: help venv lint test-unit test-lab test-kernel test demo bench evidence mutants man clean
 
 help:
 	@echo 'make demo       lab, protect, power loss, take-over, protect back, planned switch home; ends with a table'
-	@echo 'make test       lint, unit tests, and the lab (root; installs what it needs by itself)'
+	@echo 'make test       lint, unit tests, kernel tests, and the lab (root; installs what it needs by itself)'
 	@echo 'make test-unit  under a minute, without root or libvirt'
+	@echo 'make test-kernel  the plug buffer, on user-mode Linux (root)'
 	@echo 'make bench      the figures, as ratios within one run'
 	@echo 'make evidence   the long versions of the lab tests'
 
@@ -31,7 +32,11 @@ test-lab: venv
 	lab/lab up
 	$(RUN) -m pytest tests/lab -v; status=$$?; lab/lab down; exit $$status
 
-test: lint test-unit test-lab
+# The plug buffer, on a kernel that has it: user-mode Linux, fetched once by apt into lab/.cache. One minute; root.
+test-kernel: venv
+	lab/uml $(CURDIR)/$(RUN) -m pytest tests/kernel -v -p no:cacheprovider
+
+test: lint test-unit test-kernel test-lab
 
 demo: venv
 	$(RUN) -m bench.demo

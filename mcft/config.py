@@ -21,6 +21,7 @@ from mcft.api import BufferChoice
 from mcft.errors import NotFound, Usage
 
 DEFAULT_PATH = Path("/etc/mcft/mcft.toml")
+MIN_BUFFER_LIMIT_BYTES = 64 * 1024  # a packet that the card segments (TSO) is up to 64 KiB
 DEFAULT_PORT = 16520
 
 LOSS_MIN_MS, LOSS_MAX_MS = 50, 10_000
@@ -58,6 +59,7 @@ class Config:
     loss_ms: int = 300
     auto_protect: bool = True
     netbuffer: BufferChoice = "auto"
+    buffer_limit_bytes: int = 0  # per NIC; 0: as the buffer thinks fit
     max_bandwidth_bytes: int = 10 * 2**30
     reprotect_after_ms: int = 60_000
     reprotect_after_restart_ms: int = 60_000
@@ -151,6 +153,7 @@ def parse(text: str, origin: str = str(DEFAULT_PATH)) -> Config:
     protect = top.table("protect")
     protect.take(values, "auto_protect", "auto", _flag)
     protect.take(values, "netbuffer", "netbuffer", _one_of(get_args(BufferChoice)))
+    protect.take(values, "buffer_limit_bytes", "buffer_limit", _buffer_limit)
     protect.take(values, "max_bandwidth_bytes", "max_bandwidth", _bandwidth)
 
     reprotect = top.table("reprotect")
@@ -326,6 +329,15 @@ def _bandwidth(raw: Any) -> int:
     if raw == 0 and not isinstance(raw, bool):
         return 0
     return units.parse_rate_bytes(_quantity(raw, "10GiB"), what="bandwidth")
+
+
+def _buffer_limit(raw: Any) -> int:
+    if raw == "auto":
+        return 0
+    size = units.parse_size_bytes(_quantity(raw, "64MiB"), what="buffer limit")
+    if size < MIN_BUFFER_LIMIT_BYTES:
+        raise ValueError('must hold at least one large packet: write "auto", or "64KiB" or more')
+    return size
 
 
 def _quantity(raw: Any, example: str) -> str:

@@ -19,6 +19,7 @@ SHUTDOWN_WORD_MS = 3000.0  # after SHUTDOWN the agent has this long to say wheth
 NO_STANDBY_ANY_MORE = ("not-whole", "given-up", "lost", "ended")
 OWN_DISK = "the primary's own disk"  # how a disk error of that side begins
 REBOOT_MS = 2000.0  # `virsh reboot` is a guest's SHUTDOWN whose QEMU lives on: libvirt resets and continues it
+BUFFER_BROKEN = "the network buffer was changed by somebody else"
 HUNG_MS = 10000.0  # (e): the stream overdue by this much and the monitor silent
 
 
@@ -81,6 +82,7 @@ class View:
     lan_ok: bool
     peer_record: str = ""
     own_ended: bool = False
+    buffer_broken: str = ""
 
 
 def decide(view: View, settings: Settings) -> Verdict:
@@ -108,6 +110,8 @@ def _primary(view: View, settings: Settings) -> Verdict:
         return Verdict(Act.WAIT, "the gate ends this QEMU: its disk lost a write that the guest was told is done")
     if view.disk_error:
         return Verdict(Act.BREAK, f"disk error: {view.disk_error}")
+    if view.buffer_broken:
+        return Verdict(Act.BREAK, f"{BUFFER_BROKEN}: {view.buffer_broken}")
     if view.stream_dead:
         return Verdict(Act.BREAK, f"the checkpoint stream broke: {view.stream_dead}")
     if view.peer_claiming:

@@ -1,7 +1,7 @@
 """Hold and release what a domain's NICs send: the contract, and which way is chosen.
 
-Two ways meet it: the kernel's `plug` qdisc behind an IFB (where the kernel has `sch_plug`), and QEMU's own
-redirector filter (`filterbuffer.py`) where it has not. `none` buffers nothing and is only taken when asked for by
+Two ways meet it: the kernel's `plug` qdisc behind an IFB (`plugbuffer.py`, where the kernel has `sch_plug`), and QEMU's
+own redirector filter (`filterbuffer.py`) where it has not. `none` buffers nothing and is only taken when asked for by
 name: the protection is then marked `unsafe`.
 """
 
@@ -45,14 +45,19 @@ class NetBuffer(Protocol):
 
     `hold` → every packet from now on waits. `barrier` ends the open epoch; at most one may be outstanding.
     `release` lets out all that was sent before the barrier. `open` lets everything out in order, then passes. `close`
-    keeps what is held and lets nothing out until `open`. Implementations are non-blocking.
+    keeps what is held and lets nothing out until `open`, or `reopen`, which holds again. `drop` throws away what is held.
+    Implementations are non-blocking.
     """
+
+    mode: Mode
 
     def hold(self) -> None: ...
     def barrier(self) -> None: ...
     def release(self) -> None: ...
     def open(self) -> None: ...
     def close(self) -> None: ...
+    def reopen(self) -> None: ...
+    def drop(self) -> None: ...
     def backlog(self) -> list[Backlog]: ...
 
 
@@ -71,22 +76,16 @@ def kernel_has_plug(modules_root: str = "/lib/modules") -> bool:
     return all(found.values()) or all(os.path.isdir(f"/sys/module/{name}") for name in found)
 
 
-def choose(asked: str, nics: list[Nic], *, plug_available: bool, plug_implemented: bool = False) -> Way:
-    """The way to buffer these NICs.
+def choose(asked: str, nics: list[Nic], *, plug_available: bool, why_no_plug: str = "") -> Way:
+    """The way to buffer these NICs. why_no_plug: for people, if the plug is asked for by name and does not work here.
 
-    Raises: Refused ("nic-not-bufferable") where a NIC could not be held: never a silent hole.
+    Raises: Refused ("nic-not-bufferable", "no-plug") where a NIC could not be held: never a silent hole.
     """
     if asked == "none":
         return "none"
-    if asked == "plug" or (asked == "auto" and plug_available and plug_implemented):
-        if not (plug_available and plug_implemented):
-            raise Refused(
-                "no-plug",
-                "netbuffer plug is not possible here",
-                "this kernel has no sch_plug (or this mcft does not drive it yet)",
-                "use --netbuffer filter",
-            )
-        return "plug"
+    if asked == "plug" and not plug_available:
+        why = why_no_plug or "this kernel has no sch_plug"
+        raise Refused("no-plug", "netbuffer plug is not possible here", why, "use --netbuffer filter, or load its modules")
     for nic in nics:
         if nic.kind in ("hostdev", "vdpa", "vhostuser", "direct", "user"):
             raise Refused(
@@ -95,11 +94,14 @@ def choose(asked: str, nics: list[Nic], *, plug_available: bool, plug_implemente
                 "its packets don't pass through a tap of this host",
                 "move it to a bridge or network, or accept unbuffered output with --netbuffer none",
             )
+    if plug_available and asked in ("plug", "auto"):
+        return "plug"
+    for nic in nics:
         if nic.vhost:
             raise Refused(
                 "nic-not-bufferable",
                 f"NIC {nic.target} uses vhost-net, which QEMU's filter does not see",
-                "its packets pass by QEMU and this kernel has no sch_plug",
+                "its packets pass by QEMU" + ("" if plug_available else " and this kernel has no sch_plug"),
                 f"give NIC {nic.mac} <driver name='qemu'/> and restart the domain, or use a kernel with sch_plug",
             )
     return "filter"

@@ -34,6 +34,30 @@ class Mutant:
 
 
 MUTANTS = [
+    # ---- the kernel's plug ----
+    Mutant(
+        "an IFB that was set down is trusted", "mcft/plugjudge.py",
+        "        if heard.flags & IFF_UP:\n            return None\n        return Verdict(True, f\"{line.ifb} was set down",
+        "        if True:\n            return None\n        return Verdict(True, f\"{line.ifb} was set down",
+        "plug.py::test_judging",
+    ),
+    Mutant(
+        "a filter that mirrors is copied before the plug", "mcft/plugwire.py",
+        "_HARMLESS_ACTIONS = (", '_HARMLESS_ACTIONS = ("mirred", ',
+        "plug.py::test_what_would_pass_the_buffer_is_refused",
+    ),
+    Mutant(
+        "a macvtap is held by a plug", "mcft/netbuffer.py",
+        "    for nic in nics:\n        if nic.kind in (",
+        '    for nic in nics if asked != "plug" else ():\n        if nic.kind in (',
+        "plug.py::test_a_nic_without_a_tap_is_never_let_through",
+    ),
+    Mutant(
+        "a step of the plug may make a qdisc", "mcft/plugwire.py",
+        "return _tc(NEWQDISC, 0, line.ifb_index, line.handle, ROOT",
+        "return _tc(NEWQDISC, CREATE, line.ifb_index, line.handle, ROOT",
+        "plug.py::test_a_step_of_the_plug",
+    ),
     # ---- which epochs may leave ----
     Mutant(
         "release at the barrier", "mcft/commit.py",

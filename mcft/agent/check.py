@@ -14,7 +14,7 @@ import xml.etree.ElementTree as ET
 from typing import TYPE_CHECKING
 
 from mcft import __version__, api, netbuffer, streams
-from mcft.agent import checkpeer, diskfiles, domainxml, model, prediction
+from mcft.agent import buffers, checkpeer, diskfiles, domainxml, model, prediction
 from mcft.agent.findings import Findings, exit_code
 from mcft.engines import tcg
 from mcft.errors import Failed, McftError, NotFound, Refused
@@ -121,7 +121,7 @@ class Checker:
         if self.life is None:
             # The device has to go first; what else there is to say is said all the same, as far as it needs no QEMU.
             self._see_disks(live)
-            self._see_nics(domainxml.nics(live, domainxml.uses_vhost(info.qemu_pid)))
+            await self._see_nics(domainxml.nics(live, domainxml.uses_vhost(info.qemu_pid)))
             self._see_outputs(live)
             return None
         measuring = asyncio.create_task(self._predict(self.life))
@@ -142,7 +142,7 @@ class Checker:
         self.qemu = await running_qemu(life.qmp)
         await findings.tried(refuse_engine(life), "engine", f"{name} runs on QEMU {self.qemu}, which can checkpoint it (colo)")
         await findings.tried(refuse_busy(life.qmp, name), "idle", "no block job and no migration is under way")
-        self._see_nics(life.body.nics)
+        await self._see_nics(life.body.nics)
         self._see_disks(live)
         if not domainxml.disk_refusals(live):
             disks = await findings.tried(self.core.disks_of(life))
@@ -156,14 +156,14 @@ class Checker:
         for refusal in domainxml.disk_refusals(live):
             self.findings.refuse(refusal)
 
-    def _see_nics(self, nics: list[netbuffer.Nic]) -> None:
+    async def _see_nics(self, nics: list[netbuffer.Nic]) -> None:
         asked = self.request.netbuffer if self.request.netbuffer != "auto" else self.config.netbuffer
         ways = set()
         for nic in nics:
             if nic.kind in ("hostdev", "vhostuser", "vdpa"):
                 continue  # refused as a device already
             try:
-                ways.add(netbuffer.choose(asked, [nic], plug_available=netbuffer.kernel_has_plug()))
+                ways.add(await buffers.choose(asked, [nic]))
             except Refused as refusal:
                 self.findings.refuse(refusal)
         if ways == {"none"}:

@@ -9,8 +9,8 @@ from typing import Any
 
 import msgspec
 
-from mcft import api, diskreplica, generations, netbuffer
-from mcft.agent import check, coldstart, domainxml, maintenance, model, protection, standby, statusview
+from mcft import api, diskreplica, generations
+from mcft.agent import buffers, check, coldstart, domainxml, maintenance, model, protection, standby, statusview
 from mcft.agent.events import EventLog
 from mcft.agent.hook import boot_id
 from mcft.agent.jobs import JobHandle, Jobs
@@ -246,10 +246,7 @@ class Core:
         check.refuse_older(await check.running_qemu(life.qmp), self._hello_of(peer).qemu, domain.name, peer)
         await check.refuse_busy(life.qmp, domain.name)
         body.engine = "colo"
-        body.buffer = netbuffer.choose(
-            request.netbuffer if request.netbuffer != "auto" else config.netbuffer, body.nics,
-            plug_available=netbuffer.kernel_has_plug(),
-        )  # fmt: skip
+        body.buffer = await buffers.choose(request.netbuffer if request.netbuffer != "auto" else config.netbuffer, body.nics)
         body.disks = await find_disks(life)
         await self.site.hook.prove(config.name, domainxml.machine(body.xml))
         life.on_gone = self.gone

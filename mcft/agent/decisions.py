@@ -16,6 +16,7 @@ from mcft.agent.model import peer_ledger
 from mcft.agent.setup import STANDBYS_SIDE, OnStep, Setup
 from mcft.agent.site import boottime_ms, log
 from mcft.errors import Failed, McftError, TimedOut
+from mcft.failover import BUFFER_BROKEN
 from mcft.generations import Kind
 
 PULL_EVERY_S = 0.2
@@ -124,6 +125,8 @@ class Deciding(Setup):
     async def _after(self, verdict: dict[str, Any]) -> None:
         act, reason = verdict["act"], verdict["reason"]
         self.event("verdict", f"{act}: {reason}", "warning")
+        if reason.startswith(BUFFER_BROKEN):
+            self._note_buffer(reason)
         if act == "hung":
             await self.record(Kind.DIED, detail=reason)
             await self.gate.insist("kill")
@@ -147,6 +150,13 @@ class Deciding(Setup):
         if not_whole or (reason.startswith("disk error") and not known.copy_lost):
             self.body.manual = reason
             self.event("disk", f"{reason}: not protected again by itself; mend it, then: mcft protect", "alarm")
+
+    def _note_buffer(self, reason: str) -> None:
+        """Whoever changed it may do so again: no protecting again by itself."""
+        self.body.manual = reason
+        vm, peer = self.body.domain, self.body.peer
+        mend = f"find out who did it (tc, ip, libvirt's bandwidth), then: mcft protect {vm} --to {peer}"
+        self.event("buffer", f"{reason}: not protected any more; {mend}", "alarm")
 
     async def _was_intended(self, shutdown_reason: str) -> bool:
         """A guest's own reason, or libvirt saying `destroyed` (`protocol.md`, "Intended ends")."""

@@ -18,7 +18,7 @@ import msgspec
 
 from mcft import config as configuration
 from mcft import diskreplica, filterbuffer, streams
-from mcft.agent import domainxml, model, network, overlays
+from mcft.agent import buffers, domainxml, model, network, overlays
 from mcft.agent.gates import unit
 from mcft.agent.hook import Markers
 from mcft.agent.process import run
@@ -187,6 +187,7 @@ def _yank(path: str) -> None:
 
 
 async def _open_network(qmp: Qmp, taps: list[str]) -> None:
+    await buffers.remove_plugs(taps)
     for tap in taps:
         await run("ip", "link", "set", tap, "up")
     objects = [row["name"] for row in await qmp.execute("qom-list", path="/objects")]

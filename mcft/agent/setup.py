@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mcft import diskreplica, filterbuffer, generations, streams
-from mcft.agent import diskfiles, domainxml, hook, model
+from mcft.agent import buffers, diskfiles, domainxml, hook, model
 from mcft.agent.site import Life, boottime_ms, log
 from mcft.agent.steps import Step
 from mcft.errors import Failed, Refused, Unreachable
@@ -131,6 +131,7 @@ class Setup(Life):
                 body.uuid, body.domain, body.pid, body.g, "primary", body.key, self.monitor_path(), body.qemu_pid,
                 body.qemu_start, body.links, record="preparing", mode="pass", buffer=body.buffer, nics=body.nics,
                 loss_ms=config.loss_ms, delay_ms=body.delay_ms, lan_check=list(config.lan_check),
+                limit_bytes=config.buffer_limit_bytes,
             )
         )
 
@@ -139,6 +140,10 @@ class Setup(Life):
         if refusal := generations.may_open_primary(self.ledger):
             raise Refused("may-not-open", "the gate is kept, its buffer closed", refusal)
         await self.gate.end()
+        if self.body.buffer == "plug" and await self._qemu_here():
+            await buffers.remove_plugs([nic.target for nic in self.body.nics])
+            for nic in self.body.nics:
+                set_link(nic.target, up=True)
         if self.body.buffer == "filter" and await self._qemu_here():
             objects = [row["name"] for row in await self.qmp.execute("qom-list", path="/objects")]
             chardevs = [row["label"] for row in await self.qmp.execute("query-chardev")]

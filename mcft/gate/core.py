@@ -55,6 +55,7 @@ class Gate:
         self.own_qemu: Qemu = "unknown"
         self.own_ended = False  # the process is dead, whatever it said before
         self.disk_error = state.disk_error
+        self.buffer_broken = ""  # why the network buffer can't be trusted any more
         self.peer: Word = Word()
         self.shutdown_ms: float | None = None
         self.shutdown_reason = ""
@@ -353,6 +354,7 @@ class Gate:
             stream_age_ms=self.side.stream_age_ms(now_ms),
             monitor_silent_ms=now_ms - self.monitor.last_reply_ms,
             disk_error=self.disk_error,
+            buffer_broken=self.buffer_broken,
             silent_ms=silent_ms,
             stream_silent_ms=self.silence.silent_ms(now_ms, first),
             peer_qemu=self.peer.qemu if self.peer.g == self.state.g else "unknown",  # type: ignore[arg-type]
@@ -437,7 +439,7 @@ class Gate:
         return {
             "pid": self.state.pid, "g": self.state.g, "role": self.state.role, "record": self.state.record,
             "own_qemu": self.own_qemu, "disk_error": self.disk_error, "claiming": self.state.claiming,
-            "closed": self.side.closed(), "stream_dead": self.side.stream_dead(),
+            "buffer_broken": self.buffer_broken, "closed": self.side.closed(), "stream_dead": self.side.stream_dead(),
             "stream_age_ms": self.side.stream_age_ms(now_ms), "event_lag_ms": self.event_lag_ms,
             "monitor": self.monitor.sock is not None, "oob": self.monitor.oob, "stalls": self.silence.stalls,
             "peer": {"record": self.peer.record, "qemu": self.peer.qemu, "claiming": self.peer.claiming,

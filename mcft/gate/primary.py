@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import selectors
 import time
 from collections import deque
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from mcft.commit import (
@@ -21,10 +19,11 @@ from mcft.commit import (
     SetBarrier,
 )
 from mcft.failover import OWN_DISK, Act, Verdict
-from mcft.filterbuffer import Channel, FilterBuffer, NoBuffer, attach_commands, detach_commands, make_channel, names
 from mcft.gate.control import Answer, Denied
 from mcft.gate.core import Gate, set_link
+from mcft.gate.filter import BufferSide, FilterSide, NoSide
 from mcft.gate.loop import Commands, Task, boottime_ms
+from mcft.gate.samples import Samples
 from mcft.gate.state import process_start
 from mcft.keepalive import Heard
 from mcft.monitor import DISK_ERRORS, Message, stamp_ms
@@ -33,29 +32,13 @@ MAX_DELAY_MS = 0xFFFFFFFF
 SWITCH_DEADLINE_MS = 6000.0
 
 
-class Samples:
-    """The newest few hundred measurements of one quantity, in ms."""
-
-    def __init__(self, size: int = 600) -> None:
-        self._values: deque[float] = deque(maxlen=size)
-
-    def add(self, value: float) -> None:
-        self._values.append(value)
-
-    def quantiles(self) -> dict[str, float | None]:
-        """{"p50", "p99"}, None before the first."""
-        if not self._values:
-            return {"p50": None, "p99": None}
-        ordered = sorted(self._values)
-        return {"p50": round(ordered[len(ordered) // 2], 2), "p99": round(ordered[int(len(ordered) * 0.99)], 2)}
-
-
 class Primary:
     """Obeys `CommitGate`'s actions on the buffer and the monitor."""
 
     def __init__(self, gate: Gate) -> None:
         self.gate = gate
-        self.buffer: FilterBuffer | NoBuffer = NoBuffer() if gate.state.buffer == "none" else FilterBuffer()
+        self.output = self._buffer_side()
+        self.buffer = self.output.buffer
         self.hold_ms, self.pause_ms, self.release_lag_ms = Samples(), Samples(), Samples()
         self.commit = self._new_commit()
         self._ack_ms = boottime_ms()
@@ -63,7 +46,13 @@ class Primary:
         self._stop_stamp_ms = 0.0
         self._resume_stamp_ms = 0.0
         self._count_epoch, self._count_after = 0, 0
-        self._attaching = self._detaching = False
+
+    def _buffer_side(self) -> BufferSide:
+        if self.gate.state.buffer == "plug":
+            from mcft.gate.plug import PlugSide  # pyroute2 takes 0.3 s to import, and only this way needs it
+
+            return PlugSide(self.gate, self._stop_output, self._buffer_failed)
+        return NoSide() if self.gate.state.buffer == "none" else FilterSide(self.gate)
 
     def _new_commit(self) -> CommitGate:
         return CommitGate(self.gate.state.loss_ms, margin_ms=self.gate.state.loss_ms / 15, on_hold_ms=self.hold_ms.add)
@@ -73,19 +62,14 @@ class Primary:
     def started(self) -> None:
         """A restarted gate holds (or stays closed) from its first moment; what the dead one held is dropped."""
         if self.gate.state.mode == "hold":
-            self.buffer.mode = "hold"
             self.commit.hold()
         elif self.gate.state.mode == "closed":
-            self.buffer.mode = "closed"
             self.commit.stream_died("closed before this gate started")
+        self.output.started()
 
     def monitor_connected(self) -> None:
         self.commit.monitor_reconnected()
-        if self.gate.state.attached and self.gate.state.buffer == "filter" and not self._channels_whole():
-            self.gate.loop.spawn(self._attach(lambda _answer: None))
-
-    def _channels_whole(self) -> bool:
-        return isinstance(self.buffer, FilterBuffer) and bool(self.buffer.channels) and not self.buffer.broken
+        self.output.monitor_connected()
 
     # ---- events in the monitor's order ----
 
@@ -133,7 +117,7 @@ class Primary:
                 if self.buffer.mode == "hold":
                     self.buffer.release()
                     self.release_lag_ms.add(time.time() * 1000 - self._resume_stamp_ms)
-                    self._watch_channels()
+                    self.output.released()
             elif isinstance(action, AskCount):
                 self._count_epoch, self._count_after = action.epoch, self.gate.session.counter + 1
                 self.gate.say()
@@ -197,120 +181,21 @@ class Primary:
             with contextlib.suppress(OSError):
                 set_link(nic.target, up=up)
 
-    def _close(self, reason: str) -> None:
+    def _stop_output(self) -> None:
         self.buffer.close()
         if self.gate.state.buffer != "none":
             self._taps(up=False)
+
+    def _buffer_failed(self, reason: str) -> None:
+        """The plug was changed by somebody else: what it holds can't be trusted, and the watcher breaks the stream."""
+        self.gate.buffer_broken = reason
+        self._close(f"network buffer: {reason}")
+
+    def _close(self, reason: str) -> None:
+        self._stop_output()
         self.commit.stream_died(reason)
         self.gate.state.mode = "closed"
         self.gate.persist()
-
-    # ---- buffer ----
-
-    def _attach(self, answer: Answer) -> Task:
-        """Put a new pair of filters before each NIC, then take away a dead predecessor's."""
-        state = self.gate.state
-        if self._attaching or not isinstance(self.buffer, FilterBuffer):
-            answer({})
-            return
-        self._attaching = True
-        yield self.gate.until_connected()
-        state.serial += 1
-        self.gate.persist()
-        (reply,) = yield Commands([("qom-list", {"path": "/objects"})])
-        old = [row["name"] for row in reply.get("return", []) if row["name"].startswith("mcft-net")]
-        channels, error = [], ""
-        for index, nic in enumerate(state.nics):
-            channel, theirs_out, theirs_in = make_channel(nic, state.limit_bytes)
-            ids = names(index, state.serial)
-            older = [name for name in old if name.startswith(f"mcft-net{index}-") and name.endswith("-out")]
-            replies = yield Commands([("getfd", {"fdname": ids["fd_out"]})], fds=(theirs_out.fileno(),))
-            replies += yield Commands([("getfd", {"fdname": ids["fd_in"]})], fds=(theirs_in.fileno(),))
-            replies += yield Commands(attach_commands(nic, index, state.serial, older[-1] if older else None))
-            theirs_out.close()
-            theirs_in.close()
-            error = error or next((r["error"]["desc"] for r in replies if "error" in r), "")
-            channels.append(channel)
-        if not error and old:
-            (reply,) = yield Commands([("query-chardev", {})])
-            old_chardevs = [c["label"] for c in reply.get("return", [])
-                            if c["label"].startswith("mcft-net") and f"-{state.serial}-" not in c["label"]]  # fmt: skip
-            yield Commands(list(detach_commands(old, old_chardevs)))
-        for channel in self.buffer.channels:
-            self.gate.loop.forget(channel.ours_out)
-            channel.close()
-        self.buffer.channels = channels
-        for channel in channels:
-            self.gate.loop.watch(channel.ours_out, selectors.EVENT_READ, partial(self._readable, channel))
-        self._attaching = False
-        if error:
-            self.gate.control.note("alarm", reason=f"the network buffer can't be attached: {error}")
-            answer(Denied(f"the network buffer can't be attached: {error}"))
-            return
-        state.attached = True
-        self.gate.persist()
-        answer({"attached": [nic.target for nic in state.nics]})
-
-    def _readable(self, channel: Channel, _events: int) -> None:
-        assert isinstance(self.buffer, FilterBuffer)
-        self.buffer.readable(channel)
-        if channel.broken:
-            self.gate.loop.forget(channel.ours_out)
-            if self.gate.own_qemu == "running" and self.gate.state.attached and not self._detaching:
-                self.gate.control.note("alarm", reason=f"the buffer of {channel.nic.target} broke: {channel.broken}")
-        self._watch_channels()
-
-    def _watch_channels(self) -> None:
-        if not isinstance(self.buffer, FilterBuffer):
-            return
-        for channel in self.buffer.channels:
-            if channel.sending:
-                self.gate.loop.watch(channel.ours_in, selectors.EVENT_WRITE, partial(self._writable, channel))
-            else:
-                self.gate.loop.forget(channel.ours_in)
-
-    def _writable(self, channel: Channel, _events: int) -> None:
-        channel.flush()
-        if not channel.sending:
-            self.gate.loop.forget(channel.ours_in)
-
-    def _detach(self, answer: Answer) -> Task:
-        """Only in pass-through, and with the guest standing still for some ms: what it sends next would otherwise
-        overtake what is still on its way through our sockets."""
-        if not isinstance(self.buffer, FilterBuffer):
-            answer({})
-            return
-        self._detaching = True
-        yield self.gate.until_connected()
-        objects, chardevs, status = yield Commands(
-            [("qom-list", {"path": "/objects"}), ("query-chardev", {}), ("query-status", {})]
-        )
-        running = status.get("return", {}).get("running", False)
-        if running:
-            yield Commands([("stop", {})])
-        self.buffer.open()
-        yield self.gate.wait(self._settled, 1000.0)
-        names_ = [row["name"] for row in objects.get("return", [])]
-        labels = [row["label"] for row in chardevs.get("return", [])]
-        replies = yield Commands([*detach_commands(names_, labels), *([("cont", {})] if running else [])])
-        for channel in self.buffer.channels:
-            self.gate.loop.forget(channel.ours_out)
-            self.gate.loop.forget(channel.ours_in)
-            channel.close()
-        self.buffer.channels = []
-        self._detaching = False
-        errors = [r["error"]["desc"] for r in replies if "error" in r]
-        if errors and self.gate.own_qemu == "running":
-            answer(Denied("; ".join(errors)))
-            return
-        self.gate.state.attached = False
-        self.gate.persist()
-        answer({})
-
-    def _settled(self) -> bool:
-        assert isinstance(self.buffer, FilterBuffer)
-        self.buffer.open()
-        return self.buffer.settled or bool(self.buffer.broken)
 
     # ---- a planned switch ----
 
@@ -356,7 +241,7 @@ class Primary:
 
     def handlers(self) -> dict[str, Callable[[dict[str, Any], Answer], None]]:
         return {
-            "attach": lambda request, answer: self.gate.loop.spawn(self._attach(answer)),
+            "attach": lambda request, answer: self.output.attach(answer),
             "detach": self._on_detach,
             "hold": self._on_hold,
             "close": self._on_close,
@@ -367,7 +252,7 @@ class Primary:
         }
 
     def _on_hold(self, request: dict[str, Any], answer: Answer) -> None:
-        self.buffer.hold()
+        self.output.hold()
         self.commit = self._new_commit()
         self.commit.hold()
         self._ack_ms = boottime_ms()
@@ -384,11 +269,10 @@ class Primary:
         """The agent has made durable what allows it (nothing armed, or solo and spoken): it names that record."""
         if self.gate.state.record in ("arming", "protected") and request.get("because") not in ("solo", "given-up"):
             raise Denied(f"{self.gate.state.record}({self.gate.state.g}) stands: opening needs given-up or a win")
-        if request.get("drop") and isinstance(self.buffer, FilterBuffer):
+        if request.get("drop"):
             self.buffer.drop()
         self._taps(up=True)
-        self.buffer.open()
-        self._watch_channels()
+        self.output.open()
         self.gate.state.mode = "pass"
         self.gate.persist()
         answer({})
@@ -396,7 +280,7 @@ class Primary:
     def _on_detach(self, request: dict[str, Any], answer: Answer) -> None:
         if self.buffer.mode != "pass":
             raise Denied("the buffer still holds: open it first")
-        self.gate.loop.spawn(self._detach(answer))
+        self.output.detach(answer)
 
     def _on_yank(self, request: dict[str, Any], answer: Answer) -> None:
         self._close("yanked by the agent")
@@ -429,6 +313,7 @@ class Primary:
 
     def status(self, now_ms: float) -> dict[str, Any]:
         stats, times = self.commit.stats, self._ack_times
+        self.output.poll()
         recent = [t for t in times if now_ms - t < 5000]
         span = now_ms - recent[0] if len(recent) > 1 else 0.0
         return {

@@ -14,7 +14,7 @@ from mcft.failover import Act, Verdict
 from mcft.gate.control import Answer, Denied
 from mcft.gate.core import Gate, remove_drop_filter, set_link
 from mcft.gate.loop import Commands, Task, boottime_ms
-from mcft.gate.primary import Samples
+from mcft.gate.samples import Samples
 from mcft.keepalive import Heard
 from mcft.monitor import DISK_ERRORS, Message
 

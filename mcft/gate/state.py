@@ -25,6 +25,7 @@ class GateState(msgspec.Struct):
     """pid: 32 hex digits; key: 64 hex digits; qemu_start: clock ticks since boot (/proc/PID/stat field 22).
 
     yank: instances for QEMU's `yank`. silenced: interfaces that `speak` sets up and frees of mcft's drop filter.
+    limit_bytes: what the buffer holds per NIC at most; 0: as the buffer itself thinks fit.
     tcg: the guest runs without KVM (`engines/tcg.py`).
     """
 
@@ -52,7 +53,7 @@ class GateState(msgspec.Struct):
     claiming: bool = False
     disk_error: str = ""
     serial: int = 0
-    limit_bytes: int = 64 * 1024 * 1024
+    limit_bytes: int = 0
     tcg: bool = False
 
 

@@ -34,6 +34,8 @@ PRIMARY: list[tuple[dict[str, Any], Act, str]] = [
     ({"disk_error": "the primary's own disk: EIO"}, Act.WAIT, "the gate ends this QEMU"),
     ({"own_qemu": "gone", "disk_error": "the primary's own disk: EIO"}, Act.DIED, "disk error: the primary's own disk: EIO"),
     ({"disk_error": "QUORUM_REPORT_BAD vda"}, Act.BREAK, "disk error: QUORUM_REPORT_BAD vda"),
+    ({"buffer_broken": "vnet0 was set down", "stream_dead": "x"}, Act.BREAK, "changed by somebody else: vnet0 was set down"),
+    ({"buffer_broken": "vnet0 is gone", "own_qemu": "gone"}, Act.DIED, "gone without a shutdown"),
     ({"stream_dead": "COLO_EXIT (error)"}, Act.BREAK, "stream broke: COLO_EXIT (error)"),
     ({"stream_dead": "x", "armed": False}, Act.BREAK, "stream broke"),
     ({"peer_claiming": True}, Act.BREAK, "standby claims"),

@@ -1,0 +1,35 @@
+"""Which network buffer a domain gets on this host; taking away what a dead gate's plug has left. In threads: netlink waits."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+from mcft import api, netbuffer, plugkernel
+from mcft.netbuffer import Nic, Way
+
+
+async def choose(asked: api.BufferChoice, nics: list[Nic]) -> Way:
+    """The way for these NICs, looked at on the real kernel. Raises: Refused; changes nothing."""
+    why_not = await _why_no_plug() if asked in ("auto", "plug") and nics else "no NIC needs it"
+    way = netbuffer.choose(asked, nics, plug_available=not why_not, why_no_plug=why_not)
+    if way == "plug":
+        await asyncio.to_thread(plugkernel.refuse_unpluggable, [nic.target for nic in nics])
+    return way
+
+
+async def _why_no_plug() -> str:
+    if not netbuffer.kernel_has_plug():
+        return "this kernel has no sch_plug or no ifb"
+    return await asyncio.to_thread(plugkernel.trial)
+
+
+async def remove_plugs(taps: list[str]) -> None:
+    """No gate holds these any more and the guest may speak: what is left of their plugs goes. Idempotent."""
+
+    def work() -> None:
+        with contextlib.closing(plugkernel.Netlink()) as link:
+            for tap in taps:
+                plugkernel.remove(link, tap)
+
+    await asyncio.to_thread(work)
