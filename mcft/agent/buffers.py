@@ -11,8 +11,10 @@ from mcft.netbuffer import Nic, Way
 
 async def choose(asked: api.BufferChoice, nics: list[Nic]) -> Way:
     """The way for these NICs, looked at on the real kernel. Raises: Refused; changes nothing."""
-    why_not = await _why_no_plug() if asked in ("auto", "plug") and nics else "no NIC needs it"
-    way = netbuffer.choose(asked, nics, plug_available=not why_not, why_no_plug=why_not)
+    if not nics:
+        return "filter" if asked == "auto" else asked
+    why_not = await _why_no_plug() if asked in ("auto", "plug") else ""
+    way = netbuffer.choose(asked, nics, plug_available=asked in ("auto", "plug") and not why_not, why_no_plug=why_not)
     if way == "plug":
         await asyncio.to_thread(plugkernel.refuse_unpluggable, [nic.target for nic in nics])
     return way

@@ -1,0 +1,46 @@
+"""The agent's choice on a kernel that has the plug: tried for real, refused before anything is made."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from frames import Wire, nic, sh
+
+from mcft.agent import buffers
+from mcft.errors import Refused
+from mcft.plugbuffer import Limit, PlugBuffer
+
+
+def test_auto_means_plug_and_looking_changes_nothing(wire: Wire) -> None:
+    """With vhost too. Fails if the trial leaves its interface here, or `auto` means the filter."""
+    before = sh("ip -o link | cut -d: -f2; tc qdisc")
+    assert asyncio.run(buffers.choose("auto", [nic("vnet0")])) == "plug"
+    assert asyncio.run(buffers.choose("filter", [])) == "filter"
+    assert sh("ip -o link | cut -d: -f2; tc qdisc") == before
+
+
+def test_what_stands_in_the_way_is_said_before_anything_is_made(wire: Wire) -> None:
+    """Fails if only the gate's attach finds out."""
+    with pytest.raises(Refused, match="no interface vnet9"):
+        asyncio.run(buffers.choose("plug", [nic("vnet9")]))
+    sh("ip link add mcft-vnet0 type bridge")
+    with pytest.raises(Refused, match="not mcft's"):
+        asyncio.run(buffers.choose("auto", [nic("vnet0")]))
+    sh("ip link del mcft-vnet0; tc qdisc add dev vnet0 clsact")
+    sh("tc filter add dev vnet0 ingress pref 9 protocol all matchall action mirred egress mirror dev c0")
+    with pytest.raises(Refused, match="ingress filter"):
+        asyncio.run(buffers.choose("auto", [nic("vnet0")]))
+
+
+def test_what_a_dead_gate_left_is_let_go_and_taken_away(wire: Wire) -> None:
+    """`forget --local`, and the end of a protection. Fails if what is held is dropped, or a piece stays."""
+    buffer = PlugBuffer()
+    buffer.attach([nic("vnet0")], Limit(1 << 20))
+    buffer.hold()
+    sent = wire.send(0, 6)
+    buffer.shut()
+    asyncio.run(buffers.remove_plugs(["vnet0", "vnet9"]))
+    sent += wire.send(1, 6)
+    assert wire.comes(12) == sent and "mcft" not in sh("ip link; tc qdisc; tc filter show dev vnet0 ingress")
+    asyncio.run(buffers.remove_plugs(["vnet0"]))
