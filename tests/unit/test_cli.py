@@ -140,7 +140,10 @@ def test_a_cancelled_job_has_failed(agent: FakeAgent, run: Run) -> None:
 def test_ctrl_c_detaches_and_says_how_to_cancel(agent: FakeAgent) -> None:
     agent.say("POST /v1/protections", job()).say("GET /v1/jobs/j1", HOLD)
     command = [sys.executable, "-m", "mcft.cli", "protect", "vm1", "--to", "host2"]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it, and so its children
+    )  # fmt: skip
     assert [agent.arrivals.get(timeout=20), agent.arrivals.get(timeout=20)][1] == "GET /v1/jobs/j1"
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=20)
