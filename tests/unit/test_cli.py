@@ -142,7 +142,7 @@ def test_ctrl_c_detaches_and_says_how_to_cancel(agent: FakeAgent) -> None:
     command = [sys.executable, "-m", "mcft.cli", "protect", "vm1", "--to", "host2"]
     process = subprocess.Popen(
         command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it, and so its children
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a background job ignores
     )  # fmt: skip
     assert [agent.arrivals.get(timeout=20), agent.arrivals.get(timeout=20)][1] == "GET /v1/jobs/j1"
     process.send_signal(signal.SIGINT)
