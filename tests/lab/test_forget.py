@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import snapshot
 from watching import Load
@@ -17,6 +18,11 @@ def forgotten(host: Host) -> None:
     assert not host.status()
 
 
+def left(before: dict[str, Any]) -> list[str]:
+    """What differs on h1; labels of an older copy of vm1 are forgotten as well."""
+    return [line for line in snapshot.diff(before, snapshot.take(H1)) if not line.startswith("gone: file /var/lib/mcft/labels/")]
+
+
 def test_the_peer_gone_and_the_agent_down(load: Load) -> None:
     """The muted guest talks again, its host is as before `protect`. Fails if one thing of mcft's stays behind."""
     before = snapshot.take(H1)
@@ -28,7 +34,7 @@ def test_the_peer_gone_and_the_agent_down(load: Load) -> None:
         forgotten(H1)
         load.goes_on()
         load.unhurt()
-        until(lambda: not snapshot.diff(before, snapshot.take(H1)), 20, lambda: str(snapshot.diff(before, snapshot.take(H1))))
+        until(lambda: not left(before), 20, lambda: str(left(before)))
     finally:
         H2.power_on()
 
