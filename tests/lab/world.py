@@ -304,8 +304,10 @@ def restore(*, thorough: bool) -> None:
     if thorough or not _unprotected():
         wipe()
         _fresh_guest()
-    elif H1.qemu_pid() is None or H2.qemu_pid() is not None or not _as_new():
+        return
+    if H1.qemu_pid() is None or H2.qemu_pid() is not None or not _as_new():
         _fresh_guest()
+    _no_old_copies()
 
 
 def _host_on(host: Host) -> None:
@@ -353,6 +355,12 @@ def _wipe(host: Host) -> None:
 
 def _fresh_guest() -> None:
     lab("vm", "start", "h1")
+
+
+def _no_old_copies() -> None:
+    """An earlier test's copy of the disk, and what the labels say of it: a later one would have to name it (`--overwrite`)."""
+    H1.sh("rm -rf /var/lib/mcft/labels/*")
+    H2.sh("rm -rf /var/lib/mcft/labels/* /var/lib/libvirt/images/vm1.img*")
 
 
 def _as_new() -> bool:
