@@ -19,6 +19,7 @@ from typing import Any
 
 import msgspec
 
+from mcft.blockgraph import REPLICATION, children, uncommitted
 from mcft.errors import Failed
 from mcft.qmp_passthrough import Qmp
 from mcft.streams import CREDENTIALS, Endpoint
@@ -44,7 +45,7 @@ def quorum(target: str) -> str:
 
 
 def _replication(target: str) -> str:
-    return f"mcft-r-{target}"
+    return f"{REPLICATION}{target}"
 
 
 def nbd_node(target: str) -> str:
@@ -62,8 +63,7 @@ def export_name(target: str) -> str:
 
 async def nodes(qmp: Qmp) -> dict[str, dict[str, str]]:
     """Every named node and its children: {"mcft-q-vda": {"children.0": "libvirt-1-storage", …}, …}."""
-    rows = await qmp.execute("query-named-block-nodes", flat=True)
-    return {r["node-name"]: {c["child"]: c["node-name"] for c in r.get("children", [])} for r in rows}
+    return children(await qmp.execute("query-named-block-nodes", flat=True))
 
 
 async def drive_of(qmp: Qmp, device: str) -> tuple[str, dict[str, Any]] | None:
@@ -315,12 +315,8 @@ async def prepare_secondary(qmp: Qmp, disks: list[Disk], g: int, here: Endpoint)
 
 async def committed(qmp: Qmp, disks: list[Disk]) -> bool:
     """After take-over: whether QEMU has committed every `active` into its disk (it says so by no job and no event)."""
-    graph = await nodes(qmp)
-    for disk in disks:
-        children = graph.get(_replication(disk.target))
-        if children is not None and children.get("file", "").startswith("mcft-"):
-            return False
-    return True
+    rows = await qmp.execute("query-named-block-nodes", flat=True)
+    return uncommitted(rows).isdisjoint(disk.target for disk in disks)
 
 
 async def drop_overlays(qmp: Qmp, disks: list[Disk], g: int) -> None:

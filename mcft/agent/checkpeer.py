@@ -318,7 +318,7 @@ async def overwrite(scene: Scene) -> Finding:
     copy = scene.core.would_be_standby(scene.request, scene.peer)
     for target, path in diskfiles.paths(scene.request).items():
         if os.path.exists(path):
-            copy._may_overwrite(target, path)
+            await copy.may_overwrite(target, path)
     tls = "encrypted" if copy.body.tls else "in the clear"
     return Finding("ok", "files", f"the disks' files may be written on {scene.host}; checkpoints and disk blocks go {tls}")
 

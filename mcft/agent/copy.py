@@ -80,7 +80,7 @@ class Copy(Life):
         files, disks = diskfiles.paths(self.request), {disk.target: disk for disk in self.request.disks}
         for target, path in files.items():
             if os.path.exists(path):
-                self._may_overwrite(target, path)
+                await self.may_overwrite(target, path)
             else:
                 self.body.created_files.append(path)
             await self.save()
@@ -99,10 +99,11 @@ class Copy(Life):
             except McftError as error:
                 log.warning("%s: the storage pool %s was not refreshed: %s", self.body.domain, name, error)
 
-    def _may_overwrite(self, target: str, path: str) -> None:
+    async def may_overwrite(self, target: str, path: str) -> None:
+        """In a thread: who has the file open is read from every process. Raises: Refused."""
         config = self.site.config
         label_file = os.path.join(config.state_dir, "labels", self.body.uuid, target)
-        refuse_overwriting(label_file, path, target, config.name, self.request.overwrite)
+        await asyncio.to_thread(refuse_overwriting, label_file, path, target, config.name, self.request.overwrite)
 
     async def _remove_files(self) -> None:
         diskreplica.remove_overlay_files(self.body.disks, self.body.g)

@@ -247,7 +247,7 @@ class Core:
         await check.refuse_busy(life.qmp, domain.name)
         body.engine = "colo"
         body.buffer = await buffers.choose(request.netbuffer if request.netbuffer != "auto" else config.netbuffer, body.nics)
-        body.disks = await find_disks(life)
+        body.disks = await self.disks_of(life)
         await self.site.hook.prove(config.name, domainxml.machine(body.xml))
         life.on_gone = self.gone
         if previous is not None:
@@ -268,8 +268,22 @@ class Core:
         return Primary(self.site, body, Ledger(body.pid, "primary", body.g))
 
     async def disks_of(self, life: Primary) -> list[Disk]:
-        """Raises: Refused."""
-        return await find_disks(life)
+        """The running domain's writable disks as QEMU has them. Raises: Refused."""
+        found = []
+        for disk in domainxml.disks(await self.site.host.xml(life.body.uuid)):
+            drive = await diskreplica.drive_of(life.qmp, disk.alias)
+            if drive is None:
+                raise Refused("disk-not-protectable", f"disk {disk.target} has no medium", "", "detach it")
+            qom, inserted = drive
+            node = inserted["node-name"]
+            if not node or node.startswith("mcft-"):
+                raise Refused(
+                    "disk-busy", f"disk {disk.target} still carries a node of mcft's ({node})", "an earlier protection left it",
+                    f"mcft forget {life.body.domain} --local",
+                )  # fmt: skip
+            direct = bool(inserted.get("cache", {}).get("direct"))
+            found.append(Disk(disk.target, qom, node, inserted["image"]["virtual-size"], disk.path, disk.format, direct))
+        return found
 
     async def _back_to(self, previous: Life | None, failed: Primary) -> None:
         """A protecting that failed leaves what was before: nothing, or a primary without a standby (`gone` puts it back)."""
@@ -289,7 +303,7 @@ class Core:
         acts = {"unprotect": self._unprotect, "failover": self._failover, "solo": self._solo}
         running = self.jobs.running(life.body.domain)
         if verb == "unprotect" and running is not None and running.kind == "protect":
-            await self._cancelled(running.id)
+            await self.jobs.cancelled(running.id)
             if not life.body.previous and life.body.uuid not in self.lives:
                 return self.jobs.start(verb, life.body.domain, _done("the protecting was cancelled and undone"), request.key)
             life = await self.once_back(life.body.uuid)
@@ -301,12 +315,8 @@ class Core:
         return self.jobs.start(verb, life.body.domain, work, request.key)
 
     async def maintenance(self, request: api.MaintenanceRequest) -> api.JobBody:
+        """Empty this host of everything protected and keep it so, or end that."""
         return await maintenance.begin(self, request)
-
-    async def _cancelled(self, job_id: str) -> None:
-        job = self.jobs.cancel(job_id)
-        while job.state == "running":
-            job = await self.jobs.wait(job_id, 5.0)
 
     async def _unprotect(self, life: Life, _request: api.ActRequest, job: JobHandle) -> str:
         life = self.as_primary(life)
@@ -434,22 +444,3 @@ def _done(text: str) -> Callable[[JobHandle], Awaitable[str]]:
         return text
 
     return work
-
-
-async def find_disks(life: Primary) -> list[Disk]:
-    """The running domain's writable disks as QEMU has them. Raises: Refused."""
-    found = []
-    for disk in domainxml.disks(await life.site.host.xml(life.body.uuid)):
-        drive = await diskreplica.drive_of(life.qmp, disk.alias)
-        if drive is None:
-            raise Refused("disk-not-protectable", f"disk {disk.target} has no medium", "", "detach it")
-        qom, inserted = drive
-        node = inserted["node-name"]
-        if not node or node.startswith("mcft-"):
-            raise Refused(
-                "disk-busy", f"disk {disk.target} still carries a node of mcft's ({node})", "an earlier protection left it",
-                f"mcft forget {life.body.domain} --local",
-            )  # fmt: skip
-        direct = bool(inserted.get("cache", {}).get("direct"))
-        found.append(Disk(disk.target, qom, node, inserted["image"]["virtual-size"], disk.path, disk.format, direct))
-    return found

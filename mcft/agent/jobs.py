@@ -148,6 +148,12 @@ class Jobs:
             job.change(step=f"cancelling: {job.body.step}")
         return job.body
 
+    async def cancelled(self, job_id: str) -> None:
+        """Cancel a job, and wait until it has undone what it did."""
+        self.cancel(job_id)
+        while (await self.wait(job_id, 5.0)).state == "running":
+            pass
+
     async def close(self) -> None:
         """Cancel what runs and wait until all of it has undone itself."""
         tasks = [job.task for job in self._jobs.values() if job.running and job.task is not None]

@@ -49,9 +49,7 @@ async def begin(core: Core, request: api.MaintenanceRequest) -> api.JobBody:
     name = core.site.config.name
     running = core.jobs.running(name)
     if running is not None and running.kind == "maintenance" and not request.on:
-        core.jobs.cancel(running.id)
-        while (await core.jobs.wait(running.id, 5.0)).state == "running":
-            pass
+        await core.jobs.cancelled(running.id)
 
     async def work(job: JobHandle) -> str:
         return await (_on if request.on else _off)(core, job, request.for_shutdown)
@@ -148,9 +146,7 @@ async def answer(core: Core, peer: str, body: bytes) -> model.Answer:
     running = core.jobs.running(life.body.domain)
     if running is not None and running.kind == "protect":
         life.event("maintenance", f"{why}: protecting is cancelled")
-        core.jobs.cancel(running.id)
-        while (await core.jobs.wait(running.id, 5.0)).state == "running":
-            pass
+        await core.jobs.cancelled(running.id)
         return model.Answer("cancelled", about.g)
 
     async def work(_job: JobHandle) -> str:

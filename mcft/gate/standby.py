@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from mcft.blockgraph import uncommitted
 from mcft.engines import tcg
 from mcft.failover import Act, Verdict
 from mcft.gate.control import Answer, Denied
@@ -24,16 +25,6 @@ EXIT_EVENT_MS = 1000.0
 STREAM_END_MS = 5000.0
 WAKE_AFTER_MS = 100.0  # behind the delay: a checkpoint's own pause is shorter on a link that is fit for it
 RETIRE_POLL_MS = 10.0
-
-
-def uncommitted(nodes: list[dict[str, Any]]) -> set[str]:
-    """The disks whose replication still reads its `active` overlay (QEMU `query-named-block-nodes`)."""
-    found = set()
-    for node in nodes:
-        below = {child["child"]: child["node-name"] for child in node.get("children", [])}
-        if node["node-name"].startswith("mcft-r-") and below.get("file", "").startswith("mcft-"):
-            found.add(node["node-name"].removeprefix("mcft-r-"))
-    return found
 
 
 def _forget_file(path: str) -> None:

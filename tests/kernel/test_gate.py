@@ -11,7 +11,7 @@ import pytest
 from frames import Wire, nic, sh
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-from gatelab import AgentEnd, GateLab, until
+from gatelab import AgentEnd, GateLab, protected, until
 
 
 @pytest.fixture
@@ -20,14 +20,13 @@ def gate(wire: Wire) -> Iterator[GateLab]:
         yield lab
 
 
-def protected(lab: GateLab) -> AgentEnd:
-    """Attached, holding, armed, with a lease."""
-    agent = lab.start()
-    assert agent.ask("attach") == {"attached": ["vnet0"]}
-    agent.ask("hold")
-    agent.ask("update", record="protected")
-    agent.status_when(lambda s: s["lease"])
-    return agent
+def solo_opens_without_a_trace(agent: AgentEnd, wire: Wire, epoch: int) -> None:
+    """Packets pass, and nothing of mcft's is left."""
+    agent.ask("update", record="solo")
+    agent.ask("open", because="solo")
+    agent.ask("detach")
+    sent = wire.send(epoch, 6)
+    assert wire.comes(6) == sent and "mcft" not in sh("ip link; tc qdisc")
 
 
 def test_output_waits_for_its_acknowledgement_and_unprotect_takes_all_away(wire: Wire, gate: GateLab) -> None:
@@ -52,11 +51,7 @@ def test_output_waits_for_its_acknowledgement_and_unprotect_takes_all_away(wire:
     gate.qmp.checkpoint()
     gate.qmp.checkpoint()
     assert wire.comes(6) == fourth and not set(second + third) & set(fourth)
-    agent.ask("update", record="solo")
-    agent.ask("open", because="solo")
-    agent.ask("detach")
-    sent = wire.send(4, 6)
-    assert wire.comes(6) == sent and "mcft" not in sh("ip link; tc qdisc")
+    solo_opens_without_a_trace(agent, wire, 4)
 
 
 def test_tampering_closes_the_gate_and_solo_opens_it_without_a_trace(wire: Wire, gate: GateLab) -> None:
@@ -74,11 +69,7 @@ def test_tampering_closes_the_gate_and_solo_opens_it_without_a_trace(wire: Wire,
     status = agent.ask("status")
     assert status["closed"] and status["buffer_broken"] and wire.arrived() == []
     assert "state DOWN" in sh("ip link show vnet0")
-    agent.ask("update", record="solo")
-    agent.ask("open", because="solo")
-    agent.ask("detach")
-    sent = wire.send(2, 6)
-    assert wire.comes(6) == sent and "mcft" not in sh("ip link; tc qdisc")
+    solo_opens_without_a_trace(agent, wire, 2)
 
 
 def test_a_buffer_that_was_changed_before_the_hold_refuses_it(wire: Wire, gate: GateLab) -> None:

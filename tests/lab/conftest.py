@@ -69,6 +69,22 @@ def measure() -> Callable[[str, float], float]:
     return keep
 
 
+@pytest.fixture
+def vm2(fresh_world: None) -> Iterator[None]:
+    """vm2 runs on h2; afterwards it is nowhere."""
+    world.lab("vm", "start", "h2", "vm2")
+    try:
+        yield
+    finally:
+        for host in world.HOSTS:
+            if not host.on:
+                host.power_on()
+        for host in world.HOSTS:
+            world.until(host.answers, 20, f"{host}: the agent answers")
+            host.sh("virsh -q destroy vm2; mcft forget vm2 --local --yes; mcft maintenance off", check=False)
+        world.lab("vm", "clean", "vm2")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
     """A failed test shows what both sides' agents and gates said during it."""

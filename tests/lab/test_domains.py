@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from conftest import EVIDENCE
 from watching import Load
-from world import H1, H2, HOSTS, NOT_AGAIN, Host, configured, guest, guest_answers, lab, now, protect, until
+from world import H1, H2, HOSTS, NOT_AGAIN, Host, configured, guest, now, protect, redefined
 
 FOLDER = "/var/lib/libvirt/images"
 NAMES = ("vdb", "sda", "sdb", "vdc")
@@ -65,7 +65,7 @@ def many(fresh_world: None) -> Iterator[None]:
         make_files(H1)
         for host in HOSTS:
             host.sh(f'echo "{NETWORK}" > /run/lan.xml && virsh -q net-define /run/lan.xml && virsh -q net-start lan')
-        start(ET.tostring(definition, encoding="unicode"))
+        redefined(ET.tostring(definition, encoding="unicode"))
         yield
     finally:
         for host in HOSTS:
@@ -78,14 +78,7 @@ def many(fresh_world: None) -> Iterator[None]:
             host.sh(f"cd {FOLDER} && rm -f vdb.* vdc.img* sda.img* sdb.img* vm1.img*")
             host.sh("virsh -q net-destroy lan; virsh -q net-undefine lan; rm -f /run/lan.xml", check=False)
         H1.sh(f"truncate -s 64M {FOLDER}/vm1.img")
-        start(plain)
-
-
-def start(xml: str) -> None:
-    H1.sh(f"cat > /root/vm1.xml << 'EOF'\n{xml}\nEOF\nvirsh -q destroy vm1; virsh -q define /root/vm1.xml && virsh -q start vm1")
-    until(guest_answers, 60, "the guest answers")
-    redis = ("run", "cl", "--", "redis-cli", "-t", "1", "-h", "vm1", "ping")
-    until(lambda: lab(*redis, check=False).stdout.strip() == "PONG", 30, "its redis answers")
+        redefined(plain)
 
 
 def fill(seed: int) -> None:
@@ -164,14 +157,14 @@ def big(fresh_world: None) -> Iterator[None]:
         assert element is not None
         element.text = str(3 << 20)  # KiB, as libvirt dumps it
     try:
-        start(ET.tostring(definition, encoding="unicode"))
+        redefined(ET.tostring(definition, encoding="unicode"))
         yield
     finally:
         for host in HOSTS:
             host.sh("virsh -q destroy vm1; virsh -q undefine vm1; mcft forget vm1 --local --yes", check=False)
             host.sh(f"rm -f {FOLDER}/vm1.img*")
         H1.sh(f"truncate -s 64M {FOLDER}/vm1.img")
-        start(plain)
+        redefined(plain)
 
 
 @pytest.mark.skipif(not EVIDENCE, reason="three times 3 GiB of memory")

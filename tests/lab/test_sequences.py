@@ -10,9 +10,8 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-import pytest
 import snapshot
 from conftest import EVIDENCE, SEED
 from hypothesis import HealthCheck, Phase, given, seed, settings
@@ -153,17 +152,6 @@ def bring_home(domain: str, home: Host) -> None:
     until(lambda: mcft(home, "unprotect", domain) == 0, 60, f"{domain} is unprotected")
 
 
-@pytest.fixture
-def two_domains(fresh_world: None) -> Iterator[None]:
-    lab("vm", "start", "h2", "vm2")
-    try:
-        yield
-    finally:
-        for host in HOSTS:
-            host.sh("virsh -q destroy vm2; mcft forget vm2 --local --yes; mcft maintenance off", check=False)
-        lab("vm", "clean", "vm2")
-
-
 STEP = st.tuples(st.sampled_from(sorted(HOME)), st.sampled_from(sorted(ACTIONS)))
 
 
@@ -173,7 +161,7 @@ STEP = st.tuples(st.sampled_from(sorted(HOME)), st.sampled_from(sorted(ACTIONS))
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 @given(steps=st.lists(STEP, min_size=1, max_size=12 if EVIDENCE else 5))
-def test_any_sequence(two_domains: None, steps: list[tuple[str, str]]) -> None:
+def test_any_sequence(vm2: None, steps: list[tuple[str, str]]) -> None:
     """Fails at the first step after which a write is missing, two guests speak, a domain is nowhere, or an exit code is wrong."""
     world = World()
     routes = {host: snapshot.take(host)["routes"] for host in HOSTS}

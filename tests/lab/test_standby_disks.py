@@ -9,7 +9,7 @@ import pytest
 from conftest import EVIDENCE
 from test_check import check, codes
 from watching import Load
-from world import H1, H2, HOSTS, IMAGE, NOT_AGAIN, Host, configured, guest_answers, lab, protect, until
+from world import H1, H2, HOSTS, IMAGE, NOT_AGAIN, Host, configured, guest_answers, protect, redefined, until
 
 FOLDER = "/var/lib/libvirt/images"
 POOL = f"{FOLDER}/pool"
@@ -92,7 +92,7 @@ def uefi(fresh_world: None) -> Iterator[None]:
     loader.text = "/usr/share/OVMF/OVMF_CODE_4M.fd"
     ET.SubElement(firmware, "nvram", template="/usr/share/OVMF/OVMF_VARS_4M.fd").text = VARS
     try:
-        start(ET.tostring(definition, encoding="unicode"))
+        redefined(ET.tostring(definition, encoding="unicode"), boot_s=120)
         yield
     finally:
         for host in HOSTS:
@@ -102,14 +102,7 @@ def uefi(fresh_world: None) -> Iterator[None]:
             host.sh("virsh -q destroy vm1; virsh -q undefine vm1 --nvram; mcft forget vm1 --local --yes", check=False)
             host.sh(f"rm -f {VARS} {FOLDER}/vm1.img*")
         H1.sh(f"truncate -s 64M {IMAGE}")
-        start(plain)
-
-
-def start(xml: str) -> None:
-    H1.sh(f"cat > /root/vm1.xml << 'EOF'\n{xml}\nEOF\nvirsh -q destroy vm1; virsh -q define /root/vm1.xml && virsh -q start vm1")
-    until(guest_answers, 120, "the guest answers")
-    redis = ("run", "cl", "--", "redis-cli", "-t", "1", "-h", "vm1", "ping")
-    until(lambda: lab(*redis, check=False).stdout.strip() == "PONG", 30, "its redis answers")
+        redefined(plain, boot_s=120)
 
 
 def variables(host: Host) -> list[str]:

@@ -7,28 +7,12 @@ from collections.abc import Iterator
 import pytest
 from conftest import EVIDENCE
 from watching import Load
-from world import H1, H2, HOSTS, SPARE, Host, configured, guest, lab, protect, until
+from world import H1, H2, SPARE, Host, configured, guest, lab, protect, until
 
 
 def redis(*words: str) -> str:
     """One command to vm2's redis, from cl; its answer."""
     return lab("run", "cl", "--", "redis-cli", "-t", "2", "-h", "vm2", *words, check=False).stdout.strip()
-
-
-@pytest.fixture
-def vm2(fresh_world: None) -> Iterator[None]:
-    """vm2 runs on h2; afterwards it is nowhere."""
-    lab("vm", "start", "h2", "vm2")
-    try:
-        yield
-    finally:
-        for host in HOSTS:
-            if not host.on:
-                host.power_on()
-        for host in HOSTS:
-            until(host.answers, 20, f"{host}: the agent answers")
-            host.sh("virsh -q destroy vm2; mcft forget vm2 --local --yes", check=False)
-        lab("vm", "clean", "vm2")
 
 
 def flows(host: Host, domain: str) -> bool:

@@ -392,3 +392,13 @@ def arrived(sock: socket.socket) -> bytes:
     while select.select([sock], [], [], 0)[0] and (part := sock.recv(1 << 16)):
         data += part
     return data
+
+
+def protected(lab: GateLab) -> AgentEnd:
+    """A primary's gate that holds, is armed and has a lease."""
+    agent = lab.start()
+    assert agent.ask("attach") == {"attached": ["vnet0"]}
+    agent.ask("hold")
+    agent.ask("update", record="protected")
+    agent.status_when(lambda s: s["lease"])
+    return agent

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from gatelab import NIC, AgentEnd, FakeQmp, GateLab, T, arrived, until
+from gatelab import NIC, AgentEnd, FakeQmp, GateLab, T, arrived, protected, until
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
@@ -47,16 +47,6 @@ def primary() -> Iterator[GateLab]:
 def standby() -> Iterator[GateLab]:
     with GateLab("standby", record="armed", mode="closed", buffer="none") as lab:
         yield lab
-
-
-def protected(lab: GateLab) -> AgentEnd:
-    """A primary's gate that holds, is armed and has a lease."""
-    agent = lab.start()
-    assert agent.ask("attach") == {"attached": ["vnet0"]}
-    agent.ask("hold")
-    agent.ask("update", record="protected")
-    agent.status_when(lambda s: s["lease"])
-    return agent
 
 
 # ---- primary ----
