@@ -26,6 +26,7 @@ from mcft.agent.store import Store
 from mcft.config import Config
 from mcft.engines.colo import Colo
 from mcft.errors import Failed, NotFound, Refused
+from mcft.faults import die_at
 from mcft.gate.loop import boottime_ms as boottime_ms
 from mcft.gate.state import process_start
 from mcft.generations import Kind, Ledger, Side
@@ -135,9 +136,11 @@ class Life:
     async def _write_record(self, kind: Kind, g: int | None, detail: str) -> None:
         async with self._recording:
             record = self.ledger.check(kind, g)
+            die_at(f"before record {kind.value}")
             await self.site.store.append(
                 self.body.uuid, self.body.pid, record.g, self.ledger.side, [kind.value], detail, model.encode(self.body)
             )
+            die_at(f"after record {kind.value}")
             self.ledger.append(kind, g)
             self.recompute_labels()
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from mcft.faults import die_at
 from mcft.gate.loop import Loop
 
 Answer = Callable[[Any], None]
@@ -90,10 +91,14 @@ class Control:
             self._gone(client)
             return
 
+        point = f"{do} {request['record']}" if "record" in request else do
+
         def answer(result: Any) -> None:
+            die_at(f"after {point}")
             body = {"id": ident, "error": str(result)} if isinstance(result, Exception) else {"id": ident, "ok": result}
             self._send(client, body)
 
+        die_at(f"before {point}")
         try:
             self.handler(do, request, answer)
         except Denied as error:

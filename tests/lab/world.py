@@ -323,8 +323,10 @@ def _host_on(host: Host) -> None:
         host.power_on()
     # Faults that an interrupted test was injecting end here.
     host.sh(
-        """d=/run/systemd/system/mcft-agent.service.d
-        if [ -d $d ]; then rm -rf $d; systemctl daemon-reload; systemctl stop mcft-agent; fi
+        """cd /run/systemd/system
+        if [ -d mcft-agent.service.d ] || [ -d mcft-gate@.service.d ]; then
+          rm -rf mcft-agent.service.d mcft-gate@.service.d; systemctl daemon-reload; systemctl stop mcft-agent
+        fi
         systemctl reset-failed; systemctl start libvirtd mcft-agent"""
     )
     until(host.answers, 20, f"{host}: the agent answers")
