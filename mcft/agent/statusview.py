@@ -6,7 +6,7 @@ from typing import Any
 
 from mcft import api
 from mcft.agent.model import Body
-from mcft.generations import Ledger
+from mcft.generations import Kind, Ledger
 
 FLOWING = ("protected", "solo", "active", "unprotected", "preparing", "syncing", "resyncing")
 
@@ -38,7 +38,8 @@ def protection(
     """gate: the gate's `status`, or {} if there is none or it does not answer."""
     primary = body.role == "primary"
     g = ledger.owned if ledger.spoken else body.g
-    whole = body.state == "protected" and not gate.get("disk_error") and gate.get("verdict") is None
+    agreed = ledger.newest in (Kind.PROTECTED, Kind.ARMED) and not (primary and gate.get("closed"))
+    whole = body.state == "protected" and agreed and not gate.get("disk_error") and gate.get("verdict") is None
     following = whole and bool(gate) and (gate.get("lease") if primary else gate.get("loads", 0) > 0)
     unsafe = ["output leaves unbuffered (--netbuffer none)"] if primary and body.buffer_asked == "none" else []
     in_maintenance = host if maintenance else body.peer if peer_maintenance else ""
@@ -48,7 +49,7 @@ def protection(
     return api.Protection(
         domain=body.domain, uuid=body.uuid, instance=body.pid, role=body.role, peer=body.peer, engine=body.engine,
         state=body.state, reason=reason, next_step=next_step(body, host, guest_running, in_maintenance),
-        guest_running=guest_running, output_flowing=primary and guest_running and _flows(body, gate),
+        guest_running=guest_running, output_flowing=primary and guest_running and _flows(body, gate, agreed=agreed),
         survives_host_loss=bool(following) and not unsafe, unsafe=unsafe, generation=g, tls=body.tls, delay_ms=body.delay_ms,
         since=body.since, checkpoints=_checkpoints(gate), network=_network(body, gate), disks=_disks(body, gate),
         keepalive=[_link(row) for row in gate.get("links", [])],
@@ -57,8 +58,9 @@ def protection(
     )  # fmt: skip
 
 
-def _flows(body: Body, gate: dict[str, Any]) -> bool:
-    return body.state in FLOWING and (body.state != "protected" or bool(gate.get("lease")))
+def _flows(body: Body, gate: dict[str, Any], *, agreed: bool) -> bool:
+    """agreed: as far as records and gate say, both sides are still protected; the state may lag behind a decision."""
+    return body.state in FLOWING and (body.state != "protected" or (agreed and bool(gate.get("lease"))))
 
 
 def _link(row: dict[str, Any]) -> api.LinkStatus:

@@ -132,8 +132,8 @@ def story_switch(host: Host, unit: str, point: str) -> Host:
     """Either side in the end; a switch that was cut off says so, and can be asked for again."""
     with dying(host, unit, point):
         protect(H1)
-        H1.mcft("failover", "vm1", check=False, timeout=90)
-        assert has_died(host), f"{host} never came to: {point}"
+        done = H1.mcft("failover", "vm1", check=False, timeout=90)
+        assert has_died(host), f"{host} never came to: {point}; {done}"
         return until(
             lambda: next((h for h in HOSTS if h.status().get("role") == "primary" and h.status()["output_flowing"]), None),
             40, lambda: f"somebody leads: {[h.status() for h in HOSTS]}",

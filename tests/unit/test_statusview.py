@@ -36,6 +36,8 @@ def body(state: str = "protected", role: str = "primary", **fields: Any) -> Body
 
 def view(made: Body, gate: dict[str, Any], running: bool = True, *kinds: Kind) -> api.Protection:
     ledger = Ledger("p", made.role, 3)
+    if made.state == "protected" and not kinds:
+        kinds = (Kind.PREPARING, Kind.ARMING, Kind.PROTECTED) if made.role == "primary" else (Kind.PREPARING, Kind.ARMED)
     for kind in kinds:
         ledger.append(kind, 4 if kind is Kind.SPOKEN else 3)
     return statusview.protection(made, ledger, gate, None, None, {}, running, "host1")
@@ -73,6 +75,14 @@ def test_no_lease_or_no_load_survives_nothing() -> None:
     assert not view(body(), {**PRIMARY_GATE, "lease": False}).survives_host_loss
     assert not view(body(), {**PRIMARY_GATE, "lease": False}).output_flowing
     assert not view(body(role="standby"), {**STANDBY_GATE, "loads": 0}).survives_host_loss
+
+
+@pytest.mark.parametrize("newest", [Kind.RESIGNED, Kind.LOST, Kind.DIED])
+def test_a_record_is_ahead_of_the_state(newest: Kind) -> None:
+    """A planned switch, the agent killed behind `lost`: for the rest of the lease it still said that output flows here."""
+    seen = view(body(), PRIMARY_GATE, True, Kind.PREPARING, Kind.ARMING, Kind.PROTECTED, newest)
+    assert not seen.output_flowing and not seen.survives_host_loss
+    assert not view(body(), {**PRIMARY_GATE, "closed": True}).output_flowing
 
 
 def test_gate_that_is_away_is_said() -> None:
