@@ -26,7 +26,7 @@ lint: venv
 	$(VENV)/bin/mypy
 
 test-unit: venv
-	$(RUN) -m pytest tests/unit
+	$(RUN) -m pytest tests/unit tests/replay
 
 test-lab: venv
 	lab/lab up

@@ -19,6 +19,7 @@ State = Literal[
 Role = Literal["primary", "standby"]
 BufferChoice = Literal["auto", "plug", "filter", "none"]
 EngineChoice = Literal["auto", "mc", "colo"]
+Transport = Literal["tcp", "unix", "rdma"]
 
 
 class ErrorBody(msgspec.Struct, frozen=True):
@@ -161,6 +162,15 @@ class Events(msgspec.Struct, frozen=True):
 
 
 # ---- operators' requests (unix socket, or TLS for a peer named as operator) ----
+
+
+class McOptions(msgspec.Struct, frozen=True):
+    """Engine `mc`: its transport and its capabilities for RDMA (`docs/engines.md`)."""
+
+    transport: Transport = "tcp"
+    rdma_copy: bool = False
+    rdma_keepalive: bool = False
+    rdma_pin_all: bool = False
 
 
 class ProtectRequest(msgspec.Struct, frozen=True):

@@ -5,14 +5,23 @@ obeys its actions: `SetBarrier` ends the open epoch, `Release` lets everything b
 barrier is outstanding, because the kernel's plug qdisc counts no more; what would have been a second barrier
 merges into the next epoch.
 
-An epoch may leave when a checkpoint *captured after its barrier was set* is acknowledged, and the lease holds.
-Two ways to know that, without comparing clocks (`protocol.md`, "Acknowledgement and release"):
+An epoch may leave when a checkpoint *captured after its barrier was set* is acknowledged, and the lease holds. That is one
+gate for every engine; what differs is the answer to three questions (`protocol.md`, "Acknowledgement and release"):
+
+| rule | what is a capture | what is an acknowledgement | which barrier does it cover |
+|---|---|---|---|
+| `marker` (engine `colo`) | a STOP | a RESUME whose marker said `colo` | one whose marker was answered before that RESUME |
+| `count` (`colo`, late markers) | a STOP | the standby's count of loads rose | one behind which c was read, at c + 2 |
+| `counter` (engine `mc`) | a RESUME, or a rise of the counter | `checkpoints` rose (it is acknowledged - 1) | the same: at c + 2 |
+
+None of them compares clocks:
 
 * **marker** (engine `colo`): behind the STOP of a capture a `query-status` goes down the same monitor connection. Only if its
   reply says `colo` *before* the RESUME is that RESUME a checkpoint's, and only a barrier whose marker was answered
   before that RESUME is covered by it.
-* **count** (engine `colo` with late markers; engine `mc`): barrier set, then a counter of acknowledged checkpoints
-  is read = c; at counter ≥ c + 2 one whole checkpoint was captured and acknowledged after the barrier.
+* **count**, **counter**: barrier set, then a counter of acknowledged checkpoints is read = c; at counter ≥ c + 2 one whole
+  checkpoint was captured and acknowledged after the barrier, for capture k + 1 starts only after acknowledgement k.
+  `counter` belongs to one `migrate`: it never falls, and one that does is another stream's, so this one is dead.
 
 Sources: QEMU `migration/colo.c` (STOP and RESUME around a checkpoint); Cully et al., Remus (NSDI 2008).
 """
@@ -23,6 +32,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+Rule = Literal["marker", "count", "counter"]
 LATE_MARKERS_BEFORE_COUNTING = 2
 PAUSED_RETRY_MS = 5.0
 
@@ -47,7 +57,10 @@ class SendMarker:
 
 @dataclass(frozen=True, slots=True)
 class AskCount:
-    """Ask the standby for its count of loads *from now on*; answer with `count_read` as answers come in."""
+    """Ask for the count (of the standby's loads, or `checkpoints`) *from now on*; answer with `count_read` as answers come in.
+
+    What was asked before this action must not answer it: its reading may be older than the barrier.
+    """
 
     epoch: int
 
@@ -100,7 +113,7 @@ class CommitGate:
     margin_ms: float = 20.0
     on_hold_ms: Callable[[float], None] | None = None
     stats: CommitStats = field(default_factory=CommitStats)
-    rule: Literal["marker", "count"] = "marker"
+    rule: Rule = "marker"
     _holding: bool = False
     _dead: str = ""
     _epoch: int = 0
@@ -110,6 +123,7 @@ class CommitGate:
     _late_running: int = 0
     _barrier: _Barrier | None = None
     _lease_until_ms: float = float("-inf")
+    _counter: int = -1  # rule `counter`: the newest reading
 
     # ---- what happened ----
 
@@ -135,6 +149,51 @@ class CommitGate:
             self.stats.merged_epochs += 1
         actions.append(SendMarker(self._capture))
         return actions
+
+    def capture_seen(self, now_ms: float) -> list[Action]:
+        """Rule `counter`: a RESUME, so a capture has just ended; what the guest sent up to now is an epoch."""
+        if self._dead or not self._holding:
+            return []
+        self.stats.captures += 1
+        if self._barrier is not None:
+            self.stats.merged_epochs += 1
+            return []
+        return self._set_counted_barrier(now_ms)
+
+    def _set_counted_barrier(self, now_ms: float) -> list[Action]:
+        self._epoch += 1
+        self._barrier = _Barrier(self._epoch, now_ms, self._capture)
+        return [SetBarrier(self._epoch), AskCount(self._epoch)]
+
+    def counter_read(self, count: int, epoch_asked: int, now_ms: float) -> list[Action]:
+        """Rule `counter`: `checkpoints` as a `query-migrate` said it that was *sent* after `AskCount(epoch_asked)`.
+
+        A rise without a RESUME (an event may be lost) is a capture's sign too.
+        """
+        if self._dead or not self._holding:
+            return []
+        if count < self._counter:
+            self.stream_died(f"the counter fell from {self._counter} to {count}: another migrate")
+            return []
+        rise = count - self._counter if self._counter >= 0 else 0
+        self._counter = count
+        barrier = self._barrier
+        if barrier is None:
+            # The rise that releases an epoch comes with its barrier still there: a RESUME was missed.
+            actions = self._set_counted_barrier(now_ms) if rise else []
+            return [*actions, *self._more_acknowledged(rise)]
+        if barrier.covered or not self._two_more(barrier, count, epoch_asked):
+            return self._more_acknowledged(rise)
+        barrier.covered = True
+        acknowledged = self._more_acknowledged(rise if self.stats.acknowledged else 1, first=True)
+        return [*self._release_if_allowed(now_ms), *acknowledged]
+
+    def _more_acknowledged(self, rise: int, *, first: bool = False) -> list[Action]:
+        """Rule `counter`: nothing counts before the first checkpoint whose capture followed the hold."""
+        if not rise or not (first or self.stats.acknowledged):
+            return []
+        self.stats.acknowledged += rise
+        return [Acknowledged(self.stats.acknowledged)]
 
     def marker_answered(self, capture: int, status: str, now_ms: float) -> list[Action]:
         """The reply to the marker of `capture`: status is `query-status`' (`colo` inside a checkpoint)."""
@@ -180,16 +239,21 @@ class CommitGate:
     def count_read(self, count: int, epoch_asked: int, now_ms: float) -> list[Action]:
         """A count of acknowledged checkpoints that was read *after* `AskCount(epoch_asked)` went out."""
         barrier = self._barrier
-        if self._dead or barrier is None or barrier.epoch != epoch_asked or barrier.covered:
-            return []
-        if barrier.count_at is None or count < barrier.count_at:
-            barrier.count_at = count
-            return []
-        if count < barrier.count_at + 2:
+        if self._dead or barrier is None or barrier.covered or not self._two_more(barrier, count, epoch_asked):
             return []
         barrier.covered = True
         self.stats.acknowledged += 1
         return [*self._release_if_allowed(now_ms), Acknowledged(self.stats.acknowledged)]
+
+    @staticmethod
+    def _two_more(barrier: _Barrier, count: int, epoch_asked: int) -> bool:
+        """Whether two acknowledgements came since the first count that was read behind this barrier."""
+        if barrier.epoch != epoch_asked:
+            return False
+        if barrier.count_at is None or count < barrier.count_at:
+            barrier.count_at = count
+            return False
+        return count >= barrier.count_at + 2
 
     def lease_renewed(self, sent_ms: float, now_ms: float) -> list[Action]:
         """The standby echoed `armed(g)` to the keepalive that was sent at sent_ms (our clock)."""

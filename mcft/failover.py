@@ -21,6 +21,7 @@ OWN_DISK = "the primary's own disk"  # how a disk error of that side begins
 REBOOT_MS = 2000.0  # `virsh reboot` is a guest's SHUTDOWN whose QEMU lives on: libvirt resets and continues it
 BUFFER_BROKEN = "the network buffer was changed by somebody else"
 HUNG_MS = 10000.0  # (e): the stream overdue by this much and the monitor silent
+MONITOR_SILENT_MS = HUNG_MS / 2  # it may have been asked a good while after the last checkpoint
 
 
 class Act(Enum):
@@ -45,11 +46,15 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """loss_ms: T. delay_ms: between checkpoints. standby_arbiter: a stalled watcher also needs its own LAN."""
+    """loss_ms: T. delay_ms: between checkpoints. standby_arbiter: a stalled watcher also needs its own LAN.
+
+    sees_stream: whether the standby sees checkpoints arrive (engine `mc`: no, its QEMU says nothing while it follows).
+    """
 
     loss_ms: float = 300.0
     delay_ms: float = 100.0
     standby_arbiter: bool = True
+    sees_stream: bool = True
 
     @property
     def overdue_ms(self) -> float:
@@ -130,7 +135,7 @@ def _primary(view: View, settings: Settings) -> Verdict:
             f"{view.stream_age_ms:.0f} ms, though the standby answers elsewhere",
         )
     if view.armed and view.stream_age_ms > settings.delay_ms + HUNG_MS:
-        if view.monitor_silent_ms > HUNG_MS:
+        if view.monitor_silent_ms > MONITOR_SILENT_MS:
             return Verdict(Act.HUNG, "no checkpoint and no answer of QEMU's monitor for 10 s")
         return Verdict(Act.BREAK, "no checkpoint for 10 s though QEMU's monitor answers")
     return Verdict(Act.WAIT, f"stream {stream}")
@@ -149,6 +154,8 @@ def _standby(view: View, settings: Settings) -> Verdict:
         return Verdict(Act.ALARM, "the primary's guest shut down and its agent says nothing: an operator must decide")
     if view.peer_qemu == "gone" and view.peer_closed:
         return Verdict(Act.CLAIM, "the primary's QEMU is gone and its gate is closed")
+    if not settings.sees_stream:
+        return _standby_by_silence(view, settings)
     stream = stream_state(view, settings)
     if view.silent_ms > settings.loss_ms and stream != "alive":
         if not view.lan_ok:
@@ -159,6 +166,15 @@ def _standby(view: View, settings: Settings) -> Verdict:
             return Verdict(Act.ALARM, "the primary's gate is gone, but this host's own LAN does not answer")
         return Verdict(Act.CLAIM, "no keepalive for 3 s although checkpoints flow: the primary's gate is gone")
     return Verdict(Act.WAIT, f"stream {stream}")
+
+
+def _standby_by_silence(view: View, settings: Settings) -> Verdict:
+    """Engine `mc`: silence on every link is all there is; progress is what the primary last reported."""
+    if view.silent_ms <= settings.loss_ms:
+        return Verdict(Act.WAIT, "the primary speaks")
+    if not view.lan_ok:
+        return Verdict(Act.ALARM, "the primary is silent, but this host's own LAN does not answer")
+    return Verdict(Act.CLAIM, f"the primary is silent on every link for {view.silent_ms:.0f} ms")
 
 
 @dataclass

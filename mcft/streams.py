@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from mcft.api import Transport
 from mcft.config import StreamTls
 from mcft.errors import Refused
 from mcft.qmp_passthrough import Qmp
@@ -25,16 +26,22 @@ FILES: dict[Side, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where the standby's QEMU listens for one stream. hostname: what its certificate must be made for; empty: no TLS."""
+    """Where the standby's QEMU listens for one stream. hostname: what its certificate must be made for; empty: no TLS.
+
+    transport: `unix` has a path as its address.
+    """
 
     address: str
     port: int
     hostname: str = ""
+    transport: Transport = "tcp"
 
     @property
     def uri(self) -> str:
+        if self.transport == "unix":
+            return f"unix:{self.address}"
         host = f"[{self.address}]" if ":" in self.address else self.address
-        return f"tcp:{host}:{self.port}"
+        return f"{self.transport}:{host}:{self.port}"
 
 
 def lacking(folder: Path, side: Side) -> str:
