@@ -100,7 +100,7 @@ class SimStore:
                     rows.append(Record(len(rows) + 1, uuid, pid, g, side, kind, "", detail))
                     new += 1
                     here.world.note(self.host.name, f"record {kind}({g}) on the {side}'s disk")
-                    here.world.oracle.recorded(self.host, pid, g, side, kind)
+                    here.world.oracle.recorded(self.host, pid, g, side, kind, detail)
             if new:
                 self._disk["generation"][uuid] = max(g, self._disk["generation"].get(uuid, 0))
                 if body is not None:
@@ -217,7 +217,8 @@ class SimPool:
             world.stream(number, host, arrived, kernel)
             if verb != "hello" and world.double_calls and world.rng.random() < world.double_calls:
                 world.count("a call between agents that came twice")
-                world.stream(number, host, arrived, kernel)
+                late = world.rng.choice([0.0, 50.0, 1000.0, 4000.0, 12000.0])
+                world.at(late, kernel, world.stream, number, host, arrived, kernel)
         return await done
 
 

@@ -46,9 +46,19 @@ class Image:
     content: Moment | None = None
     torn: str = ""
     fresh: bool = False  # made empty, nothing was written yet
+    missed: Moment | None = None  # a write that failed here and that the guest was told is done
 
     def write(self, moment: Moment) -> None:
+        if self.missed is not None:
+            self.torn = self.torn or f"it lacks {self.missed} and has what was written after it"
         self.content, self.fresh = moment, False
+
+    def failed(self, moment: Moment) -> None:
+        self.missed = self.missed or moment
+
+    def whole(self, moment: Moment) -> None:
+        """All of it was written anew."""
+        self.content, self.fresh, self.missed, self.torn = moment, False, None, ""
 
 
 @dataclass

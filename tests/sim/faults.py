@@ -119,6 +119,7 @@ def _both_power(world: World, host: Host, fault: Fault) -> None:
 def _freeze(world: World, host: Host, fault: Fault) -> None:
     if host.up:
         host.freeze()
+        host.deaf = fault.more % 2 == 1
         _later(world, fault.ms, host.thaw)
 
 
@@ -210,13 +211,15 @@ def _hang(world: World, host: Host, fault: Fault) -> None:
 
 
 def _wall(world: World, host: Host, fault: Fault) -> None:
-    host.wall_ms += [-3.6e6, 3.6e6, -fault.ms, fault.ms][fault.more]
+    for number in range(1 + 30 * (fault.more % 2)):
+        by = [-3.6e6, -500.0, 3.6e6, 500.0][fault.more] * (-1 if number % 2 else 1)
+        _later(world, number * 37.0, lambda by=by: setattr(host, "wall_ms", host.wall_ms + by))  # type: ignore[misc]
 
 
 def _shutdown(world: World, host: Host, fault: Fault) -> None:
     for qemu in host.machine.qemus():
         if qemu.runstate == "running" and qemu.colo != "secondary":
-            world.oracle.ended = True
+            world.oracle.ended = qemu.colo == "primary"
             qemu.event("SHUTDOWN", {"guest": True, "reason": "guest-shutdown"})
             qemu.runstate = "shutdown"
 

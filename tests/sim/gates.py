@@ -181,7 +181,7 @@ class SimLink(Link):
     def open(cls, local: str, local_port: int, peer: str, peer_port: int) -> SimLink:
         link = cls(peer, Sock(current()))  # type: ignore[arg-type]
         link.proc = current()
-        link.inbox = []
+        link.inbox, link.newest = [], {}
         host = link.proc.host
         link.number = ADDRESSES[host.name].index(local)
         link.there = (peer, peer_port)
@@ -197,6 +197,12 @@ class SimLink(Link):
         link = self.proc.host.other.machine.udp.get(self.there)
         if link is not None:
             link.inbox.append(datagram)
+            other = self.proc.host.other
+            counter = int.from_bytes(datagram[40:48], "big")
+            fresh = counter >= link.newest.get(datagram[32:40], 0)
+            if fresh and self.proc.start + 1500 < other.world.now:  # a newcomer must prove itself first
+                other.machine.heard_at = other.world.now
+            link.newest[datagram[32:40]] = max(counter, link.newest.get(datagram[32:40], 0))
             link.proc.ready(link.sock)
 
     def receive(self) -> list[bytes]:
@@ -503,6 +509,11 @@ class SimControl(Control):
         self.proc = current()
         self.conns: list[_ControlSock] = []
         self.proc.host.machine.sockets[self.path] = self
+
+    def note(self, kind: str, **fields: Any) -> None:
+        if kind == "verdict" and fields["act"] == "claim":
+            here.world.oracle.claims(here.host, fields["reason"])
+        super().note(kind, **fields)
 
     def connect(self, loop: Any, protocol: Any) -> _ControlSock:
         sock = _ControlSock(self, loop, protocol)

@@ -55,6 +55,7 @@ class Machine:
         self.gates: dict[str, Any] = {}
         self.agent: AgentProc | None = None
         self.lan_up = True
+        self.heard_at = self.awake_since = 0.0  # the last keepalive that came in; the last time that this host or its gate stood still
         self.disk_fails = False
         self.qemu_hangs = False
         self.libvirt_down_until = 0.0

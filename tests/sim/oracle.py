@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from mcft.generations import Kind, Ledger, Side
@@ -11,6 +12,9 @@ from tests.sim.world import Host, Violation, World
 
 if TYPE_CHECKING:
     from tests.sim.qemu import Qemu
+
+
+LOSS_MS = 300.0
 
 
 class Oracle:
@@ -23,6 +27,7 @@ class Oracle:
         self.packets = 0
         self.lied = False  # an operator said that the other host is off, and it was not
         self.accepted_loss = False
+        self.ended = False  # the guest shut itself down
         self.instances: dict[tuple[str, int], dict[tuple[Side, Host], list[tuple[int, str]]]] = {}
 
     # ---- what leaves ----
@@ -38,6 +43,8 @@ class Oracle:
             raise Violation(
                 "output commit", f"{host.name} let {moment} out; the newest whole checkpoint of its standby is {copy.ram}"
             )
+        if mode == "pass" and copy is not None:
+            self._opened(host)
         last = self.last
         if last is not None and not (history.holds(moment, last) and moment.n > last.n):
             raise Violation("observer monotonic", f"{host.name} sent {moment} after {last} was seen")
@@ -45,10 +52,31 @@ class Oracle:
             self.last, self.last_at = moment, self.world.now
             self.packets += 1
 
+    def _opened(self, host: Host) -> None:
+        """A buffer that was opened after arming: only given-up or a won generation allows it, and that must be durable."""
+        rows = host.machine.records["record"]
+        pid = rows[-1].pid
+        kinds = [r.kind for r in rows if r.pid == pid]
+        armed = Kind.ARMING.value in kinds
+        if armed and not (Kind.SPOKEN.value in kinds or Kind.ENDED.value in kinds):
+            raise Violation("opened without a win", f"{host.name} lets packets pass with the records {', '.join(kinds)}")
+
+    def takes_over(self, copy: Qemu, image: Image) -> None:
+        """A copy begins to run as the guest."""
+        host = copy.host
+        kinds = [r.kind for r in host.machine.records["record"]]
+        if not kinds or kinds[-1] not in (Kind.TAKEN.value, Kind.SPOKEN.value):
+            raise Violation("durable first", f"{host.name} runs its copy, and its newest durable record is {kinds[-1:]}")
+        if image.torn not in ("", "committing"):
+            raise Violation("the truth", f"the copy on {host.name} runs on a disk that is {image.torn}")
+        if image.missed is not None and self.world.history.holds(copy.ram, image.missed):
+            raise Violation("the truth", f"the copy on {host.name} runs, and its disk lacks {image.missed}")
+
     # ---- disks ----
 
     def boots(self, host: Host, image: Image) -> None:
         """A guest starts from this disk."""
+        self.ended = False
         if self.lied or self.accepted_loss:
             self.accepted_loss = False
             self.last = None
@@ -103,8 +131,10 @@ class Oracle:
 
     # ---- records ----
 
-    def recorded(self, host: Host, pid: str, g: int, side: Side, kind: str) -> None:
+    def recorded(self, host: Host, pid: str, g: int, side: Side, kind: str, detail: str) -> None:
         """A record became durable: the same rules as the ledger's, and those between the two sides."""
+        if kind == Kind.TAKEN.value and self.ended and "QEMU is gone" in detail:
+            raise Violation("intended end", f"{host.name} takes over a guest that shut itself down ({detail})")
         base = g
         known = self.instances.setdefault((pid, 0), {})
         known.setdefault((side, host), []).append((g, kind))
@@ -122,6 +152,14 @@ class Oracle:
             raise Violation("one winner", f"taken({base}) though the primary has solo({base})")
         if kind == Kind.TAKEN.value and side == "standby" and ("standby", g, Kind.ARMED.value) not in kinds:
             raise Violation("unarmed", f"taken({g}) without armed({g})")
+
+    def claims(self, host: Host, reason: str) -> None:
+        """A standby's gate claims: what it gives as its reason is true."""
+        found = re.search(r"silent on every link for (\d+) ms", reason)
+        if found:
+            silent = self.world.now - max(host.machine.heard_at, host.machine.awake_since)
+            if int(found[1]) < LOSS_MS - 1 or silent < LOSS_MS - 20.0:
+                raise Violation("loss without silence", f"{host.name} says: {reason}; the last keepalive came {silent:.0f} ms ago")
 
     # ---- at the end of a round ----
 

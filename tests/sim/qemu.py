@@ -165,8 +165,10 @@ class Qemu:
             if not self._own_branch:
                 self._own_branch = True
                 view = self._view()
-                if view != self.ram and (self.failover or self.overlays):
+                if view != self.ram:
                     raise Violation("one instant", f"{self.host.name}: RAM {self.ram}, disk {view}")
+                if self.failover:
+                    self.world.oracle.takes_over(self, self.image())
                 self.ram = Moment(self.world.history.fork(self.ram), self.ram.n)
         self.event("RESUME")
         if self.unsent:
@@ -191,7 +193,7 @@ class Qemu:
         if self.host.machine.disk_fails:
             if not replicates:
                 return  # its own disk alone: the guest waits, as its error policy says
-            self.image().torn = self.image().torn or f"lost the write {moment}"
+            self.image().failed(moment)
             self.event("QUORUM_REPORT_BAD", {"node-name": STORAGE, "error": "Input/output error", "type": "write"})
         else:
             self._write(moment)
@@ -222,7 +224,7 @@ class Qemu:
             nbd.send(self, lambda: primary.answered(moment, "export is gone"))
             return
         if self.host.machine.disk_fails:
-            self.image().torn = f"lost the write {moment}"
+            self.image().failed(moment)
             nbd.send(self, lambda: primary.answered(moment, "Input/output error"))
             return
         image = self.image()
@@ -627,7 +629,7 @@ class Qemu:
             self.failover, self.migration = True, "completed"
             if self.stream is not None:
                 self.stream.close(self)
-            self.world.at(40.0 + 160.0 * self.world.rng.random(), self.proc, self._commit)
+            self.world.at((40.0 + 160.0 * self.world.rng.random()) * self.world.slow_commit, self.proc, self._commit)
             image = self.image()
             if self._overlay(0) is not None and self._overlay(1) is not None:
                 image.torn = image.torn or "committing"
@@ -743,6 +745,7 @@ class Qemu:
         zero = isinstance(image, Image) and image.fresh
         if isinstance(image, Image):
             image.torn = "syncing" if zero else "not made empty before it was copied to"
+            image.missed = None
         self.world.at(50.0 + 150.0 * self.world.rng.random(), self.proc, self._mirrored, a["job-id"])
 
     def _mirrored(self, job_id: str) -> None:

@@ -70,6 +70,8 @@ class Proc:
     def go_on(self) -> None:
         self.halted -= 1
         if not self.halted:
+            if self.name == "gate":
+                self.host.machine.awake_since = self.host.world.now
             deferred, self.deferred = self.deferred, []
             for call, arguments in deferred:
                 self.host.world.at(0.0, self, call, *arguments)
@@ -82,6 +84,7 @@ class Host:
         self.world, self.name, self.number = world, name, number
         self.procs: list[Proc] = []
         self.frozen = False
+        self.deaf = False  # frozen, and what comes in meanwhile is lost
         self.up = False
         self.boot = 0
         self.rate = 1.0
@@ -110,6 +113,7 @@ class Host:
 
     def thaw(self) -> None:
         """The kernel first: what came in meanwhile waits in the sockets before any process looks."""
+        self.deaf = False
         if self.frozen:
             self.frozen = False
             for proc in sorted(self.procs, key=lambda proc: proc.name != "kernel"):
@@ -142,6 +146,9 @@ class World:
         self.found: Violation | None = None
         self.trace: list[str] | None = [] if trace else None
         self.counts: dict[str, int] = {}
+        self.slow_monitor_ms = self.slow_store_ms = self.double_calls = 0.0
+        self.slow_commit = 1.0
+        self.auto_protect = True
         self.hosts = [Host(self, "host1", 0), Host(self, "host2", 1)]
         self.hosts[0].other, self.hosts[1].other = self.hosts[1], self.hosts[0]
         self.links = [Link(), Link()]
@@ -183,7 +190,7 @@ class World:
     def datagram(self, number: int, sender: Host, call: Callable[[bytes], None], data: bytes) -> None:
         """UDP: lost where the cable is cut when it leaves or arrives; perhaps doubled, late, overtaken."""
         link, rng = self.links[number], self.rng
-        if not link.up[sender.number] or (link.loss and rng.random() < link.loss):
+        if not link.up[sender.number] or (link.loss and rng.random() < link.loss) or sender.other.deaf:
             return
         times = 2 if link.double and rng.random() < link.double else 1
         for _ in range(times):
