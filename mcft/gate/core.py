@@ -85,6 +85,14 @@ class Gate:
 
     def run(self, ready: Callable[[], None]) -> None:
         """Open everything, say ready, and turn until told to quit."""
+        self.start(ready)
+        while self.loop.running:
+            self.loop.turn(self._turn)
+        for link in self.links:
+            link.sock.close()
+
+    def start(self, ready: Callable[[], None]) -> None:
+        """Open everything; ready is called once the monitor is there too."""
         self.open_links()
         self.control.listen()
         self._watch_process()
@@ -92,10 +100,6 @@ class Gate:
         self._connect_monitor()
         self._keepalive_timer()
         self.loop.spawn(self._say_ready(ready))
-        while self.loop.running:
-            self.loop.turn(self._turn)
-        for link in self.links:
-            link.sock.close()
 
     def _say_ready(self, ready: Callable[[], None]) -> Task:
         yield self.until_connected()
