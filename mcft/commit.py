@@ -12,7 +12,7 @@ gate for every engine; what differs is the answer to three questions (`protocol.
 |---|---|---|---|
 | `marker` (engine `colo`) | a STOP | a RESUME whose marker said `colo` | one whose marker was answered before that RESUME |
 | `count` (`colo`, late markers) | a STOP | the standby's count of loads rose | one behind which c was read, at c + 2 |
-| `counter` (engine `mc`) | a RESUME, or a rise of the counter | `checkpoints` rose (it is acknowledged - 1) | the same: at c + 2 |
+| `counter` (engine `mc`) | a RESUME, or the counter rose | `checkpoints` rose (it is acknowledged - 1) | the same: at c + 2 |
 
 None of them compares clocks:
 
