@@ -44,6 +44,7 @@ mcft_files() {
     o=$([ "$n" = h1 ] && echo h2 || echo h1)
     sed -e "s/@NAME@/$(hostname_of "$n")/g" -e "s/@PEER@/$(hostname_of "$o")/g" -e "s/@REP@/$(rep_ip "$n")/g" -e "s/@LAN@/$(lan_ip "$n")/g" \
         -e "s/@PEER_REP@/$(rep_ip "$o")/g" -e "s/@PEER_LAN@/$(lan_ip "$o")/g" "$LAB/files/mcft.toml.in" > "$r/etc/mcft/mcft.toml"
+    [ "$SLOW" = 1 ] || printf '\n[keepalive]\nloss = "%sms"\n' $((300 * SLOW)) >> "$r/etc/mcft/mcft.toml"
     if [ -e "$REPO/mcft/hook.sh" ]; then install -m 755 "$REPO/mcft/hook.sh" "$r/etc/libvirt/hooks/qemu"; else rm -f "$r/etc/libvirt/hooks/qemu"; fi
     rm -f "$r"/etc/systemd/system/mcft-*.{service,socket,target,timer}
     for u in "$REPO"/packaging/*.service "$REPO"/packaging/*.socket "$REPO"/packaging/*.target; do
@@ -55,7 +56,7 @@ mcft_files() {
 
 host_units() {
     local r=$1 s=$1/etc/systemd/system u
-    for u in $MASKED; do ln -sf /dev/null "$s/$u"; done
+    (cd "$s" && rm -f $MASKED && for u in $MASKED; do : > "$u"; done) # an empty file masks (systemd.unit(5)), and needs no process
     cp "$LAB/files/lab.target" "$s/lab.target"
     ln -sf lab.target "$s/default.target"
     mkdir -p "$s/lab.target.wants" "$r/etc/systemd/journald.conf.d"

@@ -23,14 +23,20 @@ say() {
 }
 die() { printf 'lab: %s\n' "$*" >&2; exit 1; }
 
+# How many times longer than usual everything may take: on lab/uml's kernel, which has one CPU.
+SLOW=${MCFT_LAB_SLOW:-1}
+
 # wait_for SECONDS WHAT CMD…: poll CMD until it succeeds; one clear sentence if it never does.
 wait_for() {
-    local end=$(($(now_ms) + $1 * 1000)) what=$2
+    local end=$((${EPOCHREALTIME/./} + $1 * SLOW * 1000000)) what=$2 never poll=.03
     shift 2
+    [ "$SLOW" = 1 ] || poll=.2
+    exec {never}<> <(:)
     until "$@" >/dev/null 2>&1; do
-        [ "$(now_ms)" -lt "$end" ] || { printf 'lab: gave up waiting for %s\n' "$what" >&2; return 1; }
-        read -rt 0.03 <> <(:) || :
+        [ ${EPOCHREALTIME/./} -lt $end ] || { printf 'lab: gave up waiting for %s\n' "$what" >&2; return 1; }
+        read -rt $poll -u $never || :
     done
+    exec {never}>&-
 }
 
 hostname_of() { case $1 in h1) echo host1 ;; h2) echo host2 ;; h3) echo host3 ;; *) echo "$1" ;; esac; }

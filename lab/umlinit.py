@@ -5,6 +5,7 @@ Runs on the machine's own Python, without a venv. Anything that fails here is sh
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import pathlib
@@ -14,6 +15,8 @@ import traceback
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 FINIT_MODULE = 313  # x86_64: the only machine that Debian builds user-mode Linux for
+PIVOT_ROOT = 155
+DETACH = 2  # umount2(2)
 POWER_OFF = 0x4321FEDC  # reboot(2), LINUX_REBOOT_CMD_POWER_OFF
 BIND, REC = 4096, 16384  # mount(2)
 
@@ -48,7 +51,10 @@ def new_root(job: str, modules: str) -> None:
     for folder in ("upper", "work", "root"):
         os.mkdir(f"/mnt/{folder}")
     mount("overlay", "/mnt/root", "overlay", 0, "lowerdir=/,upperdir=/mnt/upper,workdir=/mnt/work")
-    os.chroot("/mnt/root")
+    # No chroot: whoever joins a mount namespace made in here (nsenter) would find itself in the old root.
+    os.chdir("/mnt/root")
+    check(LIBC.syscall(PIVOT_ROOT, b".", b"."), "pivot_root")
+    check(LIBC.umount2(b".", DETACH), "umount of the old root")
     os.chdir("/")
     mount("proc", "/proc", "proc")
     mount("sysfs", "/sys", "sysfs")
@@ -68,6 +74,13 @@ def new_root(job: str, modules: str) -> None:
     mount("hostfs", "/run/job", "hostfs", 0, job)
 
 
+def more_mounts() -> None:
+    """What lab/uml asks for besides: kind, source, target."""
+    wanted = words("/run/job/mounts")
+    for kind, source, target in zip(wanted[::3], wanted[1::3], wanted[2::3], strict=True):
+        mount(source, target, kind, 0, source if kind == "hostfs" else "")
+
+
 def words(path: str) -> list[str]:
     return pathlib.Path(path).read_bytes().decode().split("\0")[:-1]
 
@@ -81,7 +94,6 @@ def run() -> int:
     child = os.fork()
     if not child:
         try:
-            os.setsid()
             os.chdir(cwd)
             os.execvpe(argv[0], argv, environ)
         except OSError as error:
@@ -100,16 +112,17 @@ def main(job: str) -> None:
     load(modules, ["overlay"])
     new_root(job, modules)
     load(f"/lib/modules/{os.uname().release}", names)
+    more_mounts()
     os.system("ip link set lo up")
-    console = os.open("/dev/tty1", os.O_RDWR)
+    # Nobody's controlling terminal: at that one's end the console would be hung up, with what is still to be shown.
+    console = os.open("/dev/tty1", os.O_RDWR | os.O_NOCTTY)
     attributes = termios.tcgetattr(console)
     attributes[1] &= ~termios.OPOST  # no carriage returns in the caller's log
     termios.tcsetattr(console, termios.TCSANOW, attributes)
     for number in (0, 1, 2):
         os.dup2(console, number)
-    code = run()
+    pathlib.Path("/run/job/code").write_text(f"{run()}\n")
     termios.tcdrain(1)
-    pathlib.Path("/run/job/code").write_text(f"{code}\n")
 
 
 try:
@@ -117,6 +130,7 @@ try:
 except BaseException:
     traceback.print_exc()
 finally:
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):
+        sys.stderr.flush()
     os.sync()
     LIBC.reboot(POWER_OFF)

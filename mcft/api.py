@@ -51,6 +51,7 @@ class NicStatus(msgspec.Struct, frozen=True):
     held_packets: int = 0
     held_bytes: int = 0
     dropped: int = 0
+    ifb: str = ""
 
 
 class Network(msgspec.Struct, frozen=True):

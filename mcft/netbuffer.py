@@ -38,6 +38,7 @@ class Backlog:
     packets: int
     bytes: int
     dropped: int
+    ifb: str = ""  # in which interface it waits, if the kernel holds it
 
 
 class NetBuffer(Protocol):

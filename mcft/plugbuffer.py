@@ -126,7 +126,7 @@ class PlugBuffer:
 
     def backlog(self) -> list[Backlog]:
         """What waited and was dropped when `poll` last looked."""
-        return [self._known.get(line.ifb_index, Backlog(line.tap, 0, 0, 0)) for line in self.lines]
+        return [self._known.get(line.ifb_index, Backlog(line.tap, 0, 0, 0, line.ifb)) for line in self.lines]
 
     def poll(self) -> None:
         """Ask the kernel for the backlog. Not for the timed path: half a millisecond."""
@@ -305,7 +305,7 @@ class PlugBuffer:
             for queue in kernel.queues(self.link, line.ifb_index):
                 if queue.handle == line.handle:
                     found.append(queue)
-                    self._known[line.ifb_index] = Backlog(line.tap, queue.packets, queue.bytes, queue.dropped)
+                    self._known[line.ifb_index] = Backlog(line.tap, queue.packets, queue.bytes, queue.dropped, line.ifb)
         return found
 
     def _check(self) -> None:

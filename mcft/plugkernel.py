@@ -82,9 +82,10 @@ def queues(link: Netlink, index: int) -> list[wire.Queue]:
 
 
 def drain(link: Netlink, index: int) -> None:
-    """Wait until nothing waits in this interface's qdiscs, at most 200 ms."""
+    """Wait until nothing waits in this IFB, neither in its qdiscs nor behind them, at most 200 ms. (An IFB has queues of its
+    own: what is in there would be overtaken once the redirect has gone, and lost with the IFB.)"""
     end = time.monotonic() + DRAIN_MS / 1000
-    while time.monotonic() < end and any(queue.packets for queue in queues(link, index)):
+    while time.monotonic() < end and (any(q.packets for q in queues(link, index)) or seen(link, index).inside > 0):
         time.sleep(0.0005)
 
 

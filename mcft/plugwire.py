@@ -93,6 +93,7 @@ class Link:
     mtu: int
     alias: str
     kind: str
+    inside: int = 0  # of an IFB: packets that have left its qdisc and not yet come out of it
 
 
 # ---- names ----
@@ -279,9 +280,12 @@ def error_of(body: bytes) -> int:
 
 
 def link(body: bytes) -> Link:
-    """A message RTM_NEWLINK (linux/if_link.h: IFLA_MTU, IFLA_LINKINFO, IFLA_IFALIAS)."""
+    """A message RTM_NEWLINK (linux/if_link.h: IFLA_MTU, IFLA_LINKINFO, IFLA_IFALIAS, IFLA_STATS64).
+
+    drivers/net/ifb.c counts as received what it takes from its qdisc, as sent what it gives back to the tap's ingress.
+    """
     _, _, index, flags, _ = LINK.unpack_from(body)
-    mtu, alias_, kind = 0, "", ""
+    mtu, alias_, kind, inside = 0, "", "", 0
     for number, data in attributes(body[LINK.size :]):
         if number == 4:
             (mtu,) = struct.unpack("=I", data)
@@ -289,7 +293,10 @@ def link(body: bytes) -> Link:
             alias_ = _text(data)
         elif number == 18:
             kind = _text(dict(attributes(data)).get(1, b""))
-    return Link(index, bool(flags & IFF_UP), mtu, alias_, kind)
+        elif number == 23:  # struct rtnl_link_stats64: received, sent, …, (6) dropped at receiving
+            counts = struct.unpack_from("=8Q", data)
+            inside = counts[0] - counts[6] - counts[1]
+    return Link(index, bool(flags & IFF_UP), mtu, alias_, kind, inside)
 
 
 def _text(data: bytes) -> str:

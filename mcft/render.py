@@ -156,8 +156,10 @@ def _network(p: api.Protection) -> str:
     packets = sum(nic.held_packets for nic in p.network.nics)
     size = format_bytes(sum(nic.held_bytes for nic in p.network.nics))
     dropped = sum(nic.dropped for nic in p.network.nics)
+    where = ", ".join(f"{nic.target} in {nic.ifb}" for nic in p.network.nics if nic.ifb)
+    buffer = f"{p.network.buffer} ({where})" if where else p.network.buffer
     return (
-        f"{flow}{p.network.buffer}, {packets} packets ({size}) held"
+        f"{flow}{buffer}, {packets} packets ({size}) held"
         + _quantiles(", holds", p.network.hold_ms)
         + (f", {dropped} dropped" if dropped else "")
     )

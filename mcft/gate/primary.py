@@ -324,6 +324,6 @@ class Primary:
             "foreign_resumes": stats.foreign_resumes, "waits_for_lease": stats.waits_for_lease, "rule": self.commit.rule,
             "hold_ms": self.hold_ms.quantiles(), "release_lag_ms": self.release_lag_ms.quantiles(),
             "lease": self.commit.lease_holds(now_ms),
-            "nics": [{"target": b.target, "held_packets": b.packets, "held_bytes": b.bytes, "dropped": b.dropped}
+            "nics": [{"target": b.target, "held_packets": b.packets, "held_bytes": b.bytes, "dropped": b.dropped, "ifb": b.ifb}
                      for b in self.buffer.backlog()],
         }  # fmt: skip

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from world import LAB, guest_answers, now, until
+from world import LAB, SLOW, guest_answers, now, until
 
 
 class Client:
@@ -29,7 +29,7 @@ class Client:
         assert self._process.stdin and self._process.stdout
         self._process.stdin.write(word + "\n")
         self._process.stdin.flush()
-        ready, _, _ = select.select([self._process.stdout], [], [], timeout)
+        ready, _, _ = select.select([self._process.stdout], [], [], timeout * SLOW)
         text = self._process.stdout.readline() if ready else ""
         assert text, f"{self.program} on cl gave no answer to '{word}'"
         return json.loads(text)
@@ -74,7 +74,7 @@ class Observer(Client):
         """Until an epoch's first datagram is heard, as soon as that can be known: no pause between the questions."""
         since = now()
         while float(self.ask("last")["release_s"]) <= since:
-            assert now() < since + timeout, f"no release within {timeout:g} s"
+            assert now() < since + timeout * SLOW, f"no release within {timeout * SLOW:g} s"
 
     def gap(self, at_s: float, span_s: float = 10.0) -> float:
         """The longest silence of the beacon that touches [at, at + span], in seconds; 0 if none exceeded 20 ms."""

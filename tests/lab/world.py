@@ -30,7 +30,8 @@ UUID = "11111111-2222-3333-4444-555555555555"
 GATE = f"mcft-gate@{UUID}"
 IMAGE = "/var/lib/libvirt/images/vm1.img"
 CONFIG = "/etc/mcft/mcft.toml"
-POLL_S = 0.03
+SLOW = int(os.environ.get("MCFT_LAB_SLOW", "1"))  # how many times longer everything may take (lab/uml's one CPU)
+POLL_S = 0.03 * SLOW
 LET_GO = ("protected", "solo", "active", "unprotected", "stopped")  # states in which `unprotect` ends all
 
 
@@ -41,13 +42,13 @@ def now() -> float:
 
 def until(condition: Callable[[], T], timeout: float, what: str | Callable[[], str]) -> T:
     """Poll until the condition is true; its value. The only way in which these tests wait for the product."""
-    end = now() + timeout
+    end = now() + timeout * SLOW
     while True:
         value = condition()
         if value:
             return value
         if now() > end:
-            raise AssertionError(f"after {timeout:g} s still not: {what() if callable(what) else what}")
+            raise AssertionError(f"after {timeout * SLOW:g} s still not: {what() if callable(what) else what}")
         time.sleep(POLL_S)
 
 
@@ -58,7 +59,7 @@ def pause(seconds: float) -> None:
 
 def lab(*words: str, check: bool = True, timeout: float = 90.0) -> subprocess.CompletedProcess[str]:
     """One command of lab/lab."""
-    done = subprocess.run([LAB, *words], capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL)
+    done = subprocess.run([LAB, *words], capture_output=True, text=True, timeout=timeout * SLOW, stdin=subprocess.DEVNULL)
     if check and done.returncode:
         said = f"{done.stdout[-2000:]}{done.stderr[-2000:]}"
         raise AssertionError(f"lab/lab {' '.join(words)}: exit {done.returncode}\n{said}")
@@ -67,12 +68,12 @@ def lab(*words: str, check: bool = True, timeout: float = 90.0) -> subprocess.Co
 
 class _UnixConnection(http.client.HTTPConnection):
     def __init__(self, path: str) -> None:
-        super().__init__("agent", timeout=3)
+        super().__init__("agent", timeout=3 * SLOW)
         self._path = path
 
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(3)
+        self.sock.settimeout(3 * SLOW)
         self.sock.connect(self._path)
 
 

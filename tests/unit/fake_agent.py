@@ -28,7 +28,7 @@ PROTECTED = api.Protection(
     state="protected", guest_running=True, output_flowing=True, survives_host_loss=True, generation=3,
     since="2026-01-01T00:00:00Z",
     checkpoints=api.Checkpoints(1234, 9.8, 43.0, api.Quantiles(4.1, 9.9)),
-    network=api.Network("plug", 1230, 4, api.Quantiles(61, 110), [api.NicStatus("vnet0", 3, 412, 0)]),
+    network=api.Network("plug", 1230, 4, api.Quantiles(61, 110), [api.NicStatus("vnet0", 3, 412, 0, "mcft-vnet0")]),
     disks=[api.DiskStatus("vda", "replicating")], keepalive=[api.LinkStatus("udp", "10.99.0.2", 21.0)],
     last_event=api.EventBody(7, "2026-01-01T00:00:01Z", "vm1", "protected", "protected in generation 3"),
 )  # fmt: skip

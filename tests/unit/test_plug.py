@@ -107,6 +107,13 @@ def test_a_queue_with_its_statistics() -> None:
     assert wire.queue(body) == wire.Queue("plug", 6, LINE.handle, wire.ROOT, 3, 412, 7)
 
 
+def test_what_is_inside_an_ifb() -> None:
+    """Fails if what it took and dropped counts as still in there: every `unprotect` would wait for it in vain."""
+    counts = attr(23, struct.pack("=8Q", 100, 90, 0, 0, 0, 0, 7, 0))
+    body = wire.LINK.pack(0, 1, 6, wire.IFF_UP, 0) + attr(4, struct.pack("=I", 1500)) + counts
+    assert wire.link(body) == wire.Link(6, True, 1500, "", "", inside=3)
+
+
 def test_several_messages_of_a_datagram_and_a_broken_one() -> None:
     both = wire.ask_link(5) + wire.ask_queues(6)
     assert [kind for kind, _, _ in wire.messages(both)] == [wire.GETLINK, wire.GETQDISC]

@@ -25,7 +25,8 @@ vm1  PROTECTED  primary here on host1, standby on host2
   engine       colo, periodic, delay 100ms, generation 3, arbiter standby
   since        2026-01-01T00:00:00Z
   checkpoints  9.8/s, last ack 43 ms ago, pause 4.1 ms (p99 9.9 ms), 1234 so far
-  network      flowing, plug, 3 packets (412 B) held, holds 61 ms (p99 110 ms)
+  network      flowing, plug (vnet0 in mcft-vnet0), 3 packets (412 B) held,
+               holds 61 ms (p99 110 ms)
   disks        vda replicating
   keepalives   udp 10.99.0.2 21 ms ago
   last event   2026-01-01T00:00:01Z protected in generation 3

@@ -21,7 +21,7 @@ PRIMARY_GATE: dict[str, Any] = {
     "role": "primary", "disk_error": "", "verdict": None, "lease": True, "acknowledged": 5, "rate_hz": 9.9,
     "last_ack_age_ms": 40.0, "pause_ms": QUANTILES, "buffer": "filter", "released_epochs": 4, "merged_epochs": 0,
     "hold_ms": QUANTILES, "links": [{"link": "10.99.0.2", "age_ms": 21.04, "missed": 0}],
-    "nics": [{"target": "vnet0", "held_packets": 3, "held_bytes": 412, "dropped": 0}],
+    "nics": [{"target": "vnet0", "held_packets": 3, "held_bytes": 412, "dropped": 0, "ifb": "mcft-vnet0"}],
 }  # fmt: skip
 STANDBY_GATE: dict[str, Any] = {
     "role": "standby", "disk_error": "", "verdict": None, "loads": 5, "last_load_age_ms": 40.0, "links": [],
@@ -60,6 +60,7 @@ def test_all_is_well() -> None:
     seen = view(body(), PRIMARY_GATE)
     assert seen.survives_host_loss and seen.output_flowing and seen.unsafe == [] and seen.reason is None
     assert seen.keepalive == [api.LinkStatus("udp", "10.99.0.2", 21.0, 0)]
+    assert seen.network.nics[0].ifb == "mcft-vnet0"
     assert seen.network.nics[0].held_packets == 3 and seen.checkpoints.acknowledged == 5
     assert view(body(role="standby"), STANDBY_GATE).survives_host_loss
 
