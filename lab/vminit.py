@@ -16,6 +16,10 @@ import tty
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 POWER_OFF = 0x4321FEDC  # reboot(2), LINUX_REBOOT_CMD_POWER_OFF
+PLACES = (
+    ("proc", "/proc"), ("sysfs", "/sys"), ("cgroup2", "/sys/fs/cgroup"), ("devtmpfs", "/dev"), ("devpts", "/dev/pts"),
+    ("tmpfs", "/dev/shm"),
+)  # fmt: skip
 JOB = pathlib.Path("/run/job")
 
 
@@ -27,10 +31,8 @@ def mount(kind: str, target: str) -> None:
 
 def places() -> None:
     """What a program expects to find."""
-    for kind, target in (("proc", "/proc"), ("sysfs", "/sys"), ("devtmpfs", "/dev"), ("devpts", "/dev/pts"), ("tmpfs", "/dev/shm")):
+    for kind, target in PLACES:
         mount(kind, target)
-    mount("tmpfs", "/tmp") if not words("cwd")[0].startswith("/tmp") else None
-    mount("cgroup2", "/sys/fs/cgroup")
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         os.symlink(f"/proc/self/fd/{number}", f"/dev/{name}")
     os.symlink("/proc/self/fd", "/dev/fd")
