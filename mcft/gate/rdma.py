@@ -25,6 +25,7 @@ from mcft.gate.verbs import WRITE, Spec
 from mcft.rdma import REGION_BYTES, Inbox
 
 FIRST_WANT_MS, LONGEST_WANT_MS = 100.0, 2000.0
+MODULE = "mcft.gate.verbs"  # a process of its own
 RESTART_MS = 1000.0
 HINT_MS = 10000.0  # an adapter's word that is older says nothing of now
 EXCHANGE_MS = 5000.0  # an agent that fetched an offer and never came back: another may
@@ -72,7 +73,7 @@ class RdmaLink:
         with theirs:
             fds = (theirs.fileno(), self._memory)
             safe = ["-P"] if sys.flags.safe_path else []
-            words = [sys.executable, *safe, "-m", "mcft.gate.verbs", str(fds[0]), str(fds[1]), spec]
+            words = [sys.executable, *safe, "-m", MODULE, str(fds[0]), str(fds[1]), spec]
             self._process = subprocess.Popen(words, pass_fds=fds, stdin=subprocess.DEVNULL)
         ours.setblocking(False)
         self._sock = ours
@@ -157,6 +158,8 @@ class RdmaLink:
     # ---- connecting ----
 
     def _idle(self, reason: str) -> None:
+        if self.state == "absent":
+            return
         if self.state == "up":
             self._idle_since_ms, self._want_every_ms = boottime_ms(), FIRST_WANT_MS
             self._want_at_ms = float("-inf")

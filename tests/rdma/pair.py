@@ -34,7 +34,9 @@ PATIENCE_S = 60.0
 class Side:
     """One gate, its monitor and its dummy QEMU."""
 
-    def __init__(self, role: str, here: End, there: End, pid: bytes, key: bytes, port: int, device: str, loss_ms: float) -> None:
+    def __init__(
+        self, role: str, here: End, there: End, pid: bytes, key: bytes, ports: tuple[int, int], device: str, loss_ms: float
+    ) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="g-", dir="/run")
         tmp = Path(self._folder.name)
         (tmp / "run/gate").mkdir(parents=True)
@@ -46,9 +48,9 @@ class Side:
         armed = role == "standby"
         self.state = GateState(
             UUID, "vm1", pid.hex(), 3, role, key.hex(), str(tmp / "qmp"), self.qemu.pid, start,
-            [LinkSpec(here.address, port, there.address, port)], record="armed" if armed else "preparing",
+            [LinkSpec(here.address, ports[0], there.address, ports[1])], record="armed" if armed else "preparing",
             mode="closed" if armed else "pass", buffer="none", loss_ms=loss_ms, delay_ms=100.0,
-            rdma=RdmaSpec(device, here.address, there.address),
+            rdma=RdmaSpec(device, here.address, there.address) if device else None,
         )  # fmt: skip
         self.state_path, self.socket_path = paths(str(self.run_dir), UUID)
         save(self.state_path, self.state)
@@ -73,6 +75,15 @@ class Side:
 
     def rdma(self) -> dict[str, Any]:
         return next(row for row in self.status()["links"] if row.get("kind") == "rdma")
+
+    def cpu_ms(self) -> float:
+        """What the gate and its verbs process have taken so far."""
+        fields = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in self.processes()]
+        return sum(int(f[11]) + int(f[12]) for f in fields) * 1000 / os.sysconf("SC_CLK_TCK")
+
+    def memory_kib(self) -> int:
+        """Resident, of both."""
+        return sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in self.processes()) * 4
 
     def hears_by_rdma(self) -> bool:
         row = self.rdma()
@@ -114,11 +125,13 @@ class Pair:
 
     _port = 17000
 
-    def __init__(self, *, devices: tuple[str, str] = ("auto", "auto"), loss_ms: float = T) -> None:
-        Pair._port += 1
+    def __init__(self, *, devices: tuple[str, str] = ("auto", "auto"), loss_ms: float = T, udp: bool = True) -> None:
+        """devices: as `RdmaSpec` has them, "" for a side without RDMA; udp: False sends those datagrams where nobody listens."""
+        Pair._port += 3
+        listen, to = Pair._port, Pair._port if udp else Pair._port + 1
         pid, key = os.urandom(16), os.urandom(32)
-        self.primary = Side("primary", A, B, pid, key, Pair._port, devices[0], loss_ms)
-        self.standby = Side("standby", B, A, pid, key, Pair._port, devices[1], loss_ms)
+        self.primary = Side("primary", A, B, pid, key, (listen, to), devices[0], loss_ms)
+        self.standby = Side("standby", B, A, pid, key, (listen, to), devices[1], loss_ms)
         self.sides = (self.primary, self.standby)
         self.refusals: list[str] = []  # why an exchange failed
         self._stop = threading.Event()
