@@ -28,6 +28,18 @@ RETRIES = 6
 TORN_READS = 3
 
 
+# A datagram on its way from the gate to its verbs process begins with this; a request begins with "{".
+WRITE = b"W"
+
+
+class Spec(msgspec.Struct, frozen=True):
+    """What a verbs process is started with. device: "auto" or a name; local: this host's address on that link."""
+
+    device: str
+    local: str
+    loss_ms: float
+
+
 class Offer(msgspec.Struct, frozen=True):
     """Where and how a queue pair can be reached, and the inbox behind it. Agents carry it over TLS.
 

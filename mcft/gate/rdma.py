@@ -21,8 +21,7 @@ import msgspec
 from mcft.gate.control import Answer, Denied
 from mcft.gate.loop import Loop, boottime_ms
 from mcft.gate.state import RdmaSpec
-from mcft.gate.verbs import WRITE, Spec
-from mcft.rdma import REGION_BYTES, Inbox
+from mcft.rdma import REGION_BYTES, WRITE, Inbox, Spec
 
 FIRST_WANT_MS, LONGEST_WANT_MS = 100.0, 2000.0
 MODULE = "mcft.gate.verbs"  # a process of its own
@@ -171,6 +170,8 @@ class RdmaLink:
 
     def _on_offer(self, _request: dict[str, Any], answer: Answer) -> None:
         """Where the other side would write: a fresh queue pair, the old one is gone."""
+        if self.state == "up":
+            raise Denied("it is connected already")
         self._idle("being connected")
         self._want_at_ms = boottime_ms() + EXCHANGE_MS
         self._ask({"do": "open"}, answer)

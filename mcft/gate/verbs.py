@@ -23,32 +23,48 @@ from typing import Any
 
 import msgspec
 
+try:
+    import pyverbs.enums as enums
+    from pyverbs.addr import GID, AHAttr, GlobalRoute
+    from pyverbs.cq import CQ
+    from pyverbs.device import Context
+    from pyverbs.mr import MR
+    from pyverbs.pd import PD
+    from pyverbs.qp import QP, QPAttr, QPCap, QPInitAttr
+    from pyverbs.wr import SGE, SendWR
+except ImportError as error:
+    ABSENT = str(error)
+else:
+    ABSENT = ""
+
 from mcft import rdmadevices
 from mcft.errors import McftError
 from mcft.keepalive import DATAGRAM_BYTES
-from mcft.rdma import INBOX_AT, OUTBOX_AT, REGION_BYTES, RETRIES, SLOT_BYTES, SLOTS, Inbox, Offer, Outbox, ack_timeout
+from mcft.rdma import (
+    INBOX_AT,
+    OUTBOX_AT,
+    REGION_BYTES,
+    RETRIES,
+    SLOT_BYTES,
+    SLOTS,
+    WRITE,
+    Inbox,
+    Offer,
+    Outbox,
+    Spec,
+    ack_timeout,
+)  # fmt: skip
 
-WRITE = b"W"
 COMPLETION_POLL_S = 0.004  # while writes are under way
 MIN_RNR_TIMER = 12
 HOPS = 64  # RoCE v2 may be routed
 PR_SET_PDEATHSIG = 1
 
 
-class Spec(msgspec.Struct, frozen=True):
-    """device: "auto" or a name; local: this host's address on that link."""
-
-    device: str
-    local: str
-    loss_ms: float
-
-
 class Verbs:
     """One queue pair with its memory, made anew by every `open`."""
 
     def __init__(self, spec: Spec, memory: mmap.mmap) -> None:
-        import pyverbs.enums as enums
-
         self.e: Any = enums
         self.spec, self.inbox, self.outbox = spec, Inbox(memoryview(memory)), Outbox(memoryview(memory))
         self._base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
@@ -60,12 +76,6 @@ class Verbs:
 
     def open(self) -> Offer:
         """Device, memory and a fresh queue pair, which waits for its peer. Raises: Refused, and pyverbs' errors."""
-        from pyverbs.cq import CQ
-        from pyverbs.device import Context
-        from pyverbs.mr import MR
-        from pyverbs.pd import PD
-        from pyverbs.qp import QP, QPAttr, QPCap, QPInitAttr
-
         self.close()
         port = rdmadevices.find(self.spec.local, self.spec.device)
         self._context = Context(name=port.device)
@@ -85,8 +95,6 @@ class Verbs:
 
     def connect(self, peer: Offer) -> None:
         """Ready to write and be written to. Blocks while the kernel looks for the peer. Raises: pyverbs' errors."""
-        from pyverbs.addr import GID, AHAttr, GlobalRoute
-
         route = GlobalRoute(dgid=GID(peer.gid), sgid_index=self._port.gid_index, hop_limit=HOPS)
         attr = self._attr
         attr.dest_qp_num, attr.rq_psn, attr.path_mtu = peer.qpn, peer.psn, self.e.IBV_MTU_256  # a datagram fits
@@ -100,8 +108,6 @@ class Verbs:
 
     def write(self, datagram: bytes) -> None:
         """Into the peer's inbox. Raises: pyverbs' errors (the device is gone)."""
-        from pyverbs.wr import SGE, SendWR
-
         if self._peer is None or (at := self.outbox.put(datagram)) is None:
             return
         sge = SGE(self._base + at, len(datagram), self._out.lkey)
@@ -182,11 +188,10 @@ def main(argv: list[str]) -> int:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     sock, memory = socket.socket(fileno=int(argv[1])), mmap.mmap(int(argv[2]), REGION_BYTES)
     os.close(int(argv[2]))
-    try:
-        verbs = Verbs(msgspec.json.decode(argv[3], type=Spec), memory)
-    except ImportError as error:
-        _tell(sock, {"absent": f"pyverbs can't be imported ({error}); {rdmadevices.INSTALL}"})
+    if ABSENT:
+        _tell(sock, {"absent": f"pyverbs can't be imported ({ABSENT}); {rdmadevices.INSTALL}"})
         return 0
+    verbs = Verbs(msgspec.json.decode(argv[3], type=Spec), memory)
     with suppress(OSError):  # the gate went while it was told something
         serve(verbs, sock)
     return 0

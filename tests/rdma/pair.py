@@ -154,8 +154,8 @@ class Pair:
                 ours = AgentEnd(self.primary.socket_path)
                 while not self._stop.is_set():
                     ours.note("rdma-wanted")
-                    ours.notes.clear()
                     self._exchange(ours)
+                    ours.notes.clear()
             time.sleep(0.05)
 
     def _exchange(self, ours: AgentEnd) -> None:
@@ -175,7 +175,7 @@ class Pair:
     def connected(self) -> None:
         """Both directions alive, by RDMA."""
         for side in self.sides:
-            until(side.hears_by_rdma, side.rdma)
+            until(side.hears_by_rdma, lambda: (self.primary.rdma(), self.standby.rdma(), self.refusals))
 
 
 def until(condition: Callable[[], Any], say: Callable[[], Any], patience_s: float = PATIENCE_S) -> Any:
@@ -183,4 +183,5 @@ def until(condition: Callable[[], Any], say: Callable[[], Any], patience_s: floa
     end = boottime_ms() + patience_s * 1000
     while not (found := condition()):
         assert boottime_ms() < end, say()
+        time.sleep(0.01)  # two slow CPUs, and the gates need them
     return found
