@@ -37,7 +37,7 @@ class Note(Protocol):
 
 
 class RdmaLink:
-    """States: starting (no process), idle (not connected), up, absent (this Python has no pyverbs: for good).
+    """States: starting (its process is not ready), idle (not connected), up, absent (this Python has no pyverbs: for good).
 
     on_error: called when the adapter says that a write did not arrive; leads: this side asks for the connection.
     """
@@ -77,11 +77,10 @@ class RdmaLink:
         ours.setblocking(False)
         self._sock = ours
         self._loop.watch(ours, selectors.EVENT_READ, lambda _events: self._read())
-        self.state = "idle"
 
     def tick(self, now_ms: float) -> None:
         """With every keepalive: start the process anew where it ended; ask the agent for a connection, less and less often."""
-        if self.state == "starting" and now_ms > self._restart_at_ms:
+        if self._process is None and self.state != "absent" and now_ms > self._restart_at_ms:
             self.start()
         elif self.state == "idle" and self._leads and now_ms > self._want_at_ms:
             self._want_at_ms = now_ms + self._want_every_ms
@@ -106,6 +105,8 @@ class RdmaLink:
             self.error, self.error_ms = body["down"], boottime_ms()
             self._idle(body["down"])
             self._on_error()
+        elif "ready" in body:
+            self.state = "idle"
         elif "absent" in body:
             self.state, self.reason = "absent", body["absent"]
         elif self._waiting:
@@ -117,7 +118,8 @@ class RdmaLink:
         if self.state == "absent":
             return
         self._idle("its verbs process ended")
-        self.state, self._restart_at_ms = "starting", boottime_ms() + RESTART_MS
+        self.state, self.reason = "starting", "its verbs process ended"
+        self._restart_at_ms = boottime_ms() + RESTART_MS
 
     def _drop_process(self) -> None:
         if self._sock is not None:
@@ -157,7 +159,7 @@ class RdmaLink:
     # ---- connecting ----
 
     def _idle(self, reason: str) -> None:
-        if self.state == "absent":
+        if self.state in ("absent", "starting"):
             return
         if self.state == "up":
             self._idle_since_ms, self._want_every_ms = boottime_ms(), FIRST_WANT_MS
@@ -205,7 +207,7 @@ class RdmaLink:
         self._want_at_ms = boottime_ms() + self._want_every_ms
 
     def _ask(self, body: dict[str, Any], answer: Answer) -> None:
-        if self._sock is None or self.state == "absent":
+        if self._sock is None or self.state in ("absent", "starting"):
             raise Denied(self.reason)
         try:
             self._sock.send(msgspec.json.encode(body))

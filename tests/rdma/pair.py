@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 from gatelab import ROOT, UUID, AgentEnd, FakeQmp
 
 T = 900.0  # the loss time: long, as this VM's code is slow; detection is told in ratios
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 
 
 class Side:
@@ -162,7 +162,7 @@ class Pair:
         try:
             offer = ours.ask("rdma-offer")
             theirs = AgentEnd(self.standby.socket_path)
-            theirs.sock.settimeout(5.0)
+            theirs.sock.settimeout(20.0)
             try:
                 answer = theirs.ask("rdma-accept", offer=offer)
             finally:

@@ -25,6 +25,7 @@ def main() -> None:
         sock.send(json.dumps({"absent": "pyverbs can't be imported"}).encode())
         return
     peer, incarnation = None, 0
+    sock.send(json.dumps({"ready": True}).encode())
     with suppress(OSError):
         while packet := sock.recv(1 << 16):
             if packet[:1] == b"W":

@@ -176,6 +176,7 @@ class Two:
 
     def connect(self) -> None:
         self.until(lambda: any(n["note"] == "rdma-wanted" for n in self.notes))
+        self.until(lambda: self.standby.state != "starting")
         offer = self.ask(self.primary, "rdma-offer")
         answer = self.ask(self.standby, "rdma-accept", offer=offer)
         self.ask(self.primary, "rdma-connect", offer=answer)
@@ -210,7 +211,7 @@ def test_the_adapters_word_is_a_hint_and_asks_for_a_new_connection(fakes: None) 
     two = Two()
     try:
         two.connect()
-        two.ask(two.standby, "rdma-offer")  # its queue pair is another one now
+        two.ask(two.standby, "rdma-accept", offer={})  # its queue pair is another one now
         two.primary.send(bytes(DATAGRAM_BYTES))
         two.until(lambda: two.hints)
         assert two.primary.state == "idle" and two.primary.failing(boottime_ms()) == "RETRY_EXC_ERR" and two.primary.errors == 1
@@ -238,6 +239,7 @@ def test_a_verbs_process_that_ends_is_started_anew(fakes: None, monkeypatch: pyt
 def test_a_connection_that_fails_is_told_and_wanted_again(fakes: None) -> None:
     two = Two(("auto", "broken"))
     try:
+        two.until(lambda: all(link.state == "idle" for link in two.links))
         offer = two.ask(two.primary, "rdma-offer")
         with pytest.raises(Denied, match="no RDMA device 'broken'"):
             two.ask(two.standby, "rdma-accept", offer=offer)
