@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: help venv lint test-unit test-lab test-kernel test demo bench evidence mutants man clean
+.PHONY: help venv lint test-unit test-lab test-kernel test-rdma test demo bench evidence mutants man clean
 
 help:
 	@echo 'make demo       lab, protect, power loss, take-over, protect back, planned switch home; ends with a table'
 	@echo 'make test       lint, unit tests, kernel tests, and the lab (root; installs what it needs by itself)'
 	@echo 'make test-unit  under a minute, without root or libvirt'
 	@echo 'make test-kernel  the plug buffer, on user-mode Linux (root)'
+	@echo 'make test-rdma  the RDMA keepalive, in a VM (root)'
 	@echo 'make bench      the figures, as ratios within one run'
 	@echo 'make evidence   the long versions of the lab tests'
 
@@ -35,6 +36,10 @@ test-lab: venv
 # The plug buffer, on a kernel that has it: user-mode Linux, fetched once by apt into lab/.cache. One minute; root.
 test-kernel: venv
 	lab/uml $(CURDIR)/$(RUN) -m pytest tests/kernel -v -p no:cacheprovider
+
+# The RDMA keepalive, on rxe in a VM (QEMU without KVM): kernel and pyverbs fetched once by apt into lab/.cache. Root.
+test-rdma: venv
+	lab/vm $(CURDIR)/$(RUN) -m pytest tests/rdma -v -p no:cacheprovider
 
 # (test-kernel joins once it has been seen stable on CI machines.)
 test: lint test-unit test-lab

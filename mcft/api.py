@@ -69,12 +69,16 @@ class DiskStatus(msgspec.Struct, frozen=True):
 
 
 class LinkStatus(msgspec.Struct, frozen=True):
-    """One keepalive path. age_ms: since the peer's newest accepted keepalive on it (None: never)."""
+    """One keepalive path. kind: "udp" or "rdma". age_ms: since the peer's newest accepted keepalive on it (None: never).
+
+    detail: what is wrong with an RDMA connection, the adapter's word included; empty while it stands.
+    """
 
     kind: str
     link: str
     age_ms: float | None = None
     missed: int = 0
+    detail: str = ""
 
 
 class ArbiterStatus(msgspec.Struct, frozen=True):
@@ -175,7 +179,10 @@ class McOptions(msgspec.Struct, frozen=True):
 
 
 class ProtectRequest(msgspec.Struct, frozen=True):
-    """POST /v1/protections → JobBody. disks: target → path on the standby; overwrite: paths that may be."""
+    """POST /v1/protections → JobBody. disks: target → path on the standby; overwrite: paths that may be.
+
+    rdma_device: a device's name, "auto" or "off"; empty: as the configuration says.
+    """
 
     domain: str
     to: str
@@ -185,6 +192,7 @@ class ProtectRequest(msgspec.Struct, frozen=True):
     disks: dict[str, str] = {}
     overwrite: list[str] = []
     key: str = ""
+    rdma_device: str = ""
 
 
 class ActRequest(msgspec.Struct, frozen=True):

@@ -108,6 +108,7 @@ def cli(ctx: click.Context, host: str | None, config: Path | None) -> None:
     "--disk", "disks", multiple=True, metavar="TARGET=PATH", help="The disk's place on the standby."
 )
 @click.option("--overwrite", multiple=True, metavar="PATH", help="This file there may be overwritten.")
+@click.option("--rdma-device", default="", metavar="NAME|auto|off", help="For keepalives by RDMA.")
 @click.option("--no-wait", is_flag=True, help="Return when the set-up was accepted.")
 @_timeout_option("End waiting after this long (exit 6); the set-up goes on.")
 @click.pass_obj
@@ -120,12 +121,13 @@ def protect(
     netbuffer: api.BufferChoice,
     disks: tuple[str, ...],
     overwrite: tuple[str, ...],
+    rdma_device: str,
     no_wait: bool,
     timeout: float | None,
 ) -> None:
     """Protect a running domain with a standby on PEER."""
     paths = _disk_paths(disks)
-    request = api.ProtectRequest(domain, to, delay, engine, netbuffer, paths, list(overwrite), _new_key())
+    request = api.ProtectRequest(domain, to, delay, engine, netbuffer, paths, list(overwrite), _new_key(), rdma_device)
     agent = session.agent()
     with _detachable(f"protecting {domain} goes on; `mcft unprotect {domain}` cancels it"):
         job = agent.protect(request)
@@ -227,6 +229,7 @@ def set_(session: _Session, domain: str, delay: int) -> None:
     "--disk", "disks", multiple=True, metavar="TARGET=PATH", help="The disk's place on the standby."
 )
 @click.option("--overwrite", multiple=True, metavar="PATH", help="This file there may be overwritten.")
+@click.option("--rdma-device", default="", metavar="NAME|auto|off", help="For keepalives by RDMA.")
 @click.option("--json", "as_json", is_flag=True, help="The agent's own object (docs/api.md).")
 @click.pass_obj
 def check(
@@ -237,11 +240,12 @@ def check(
     netbuffer: api.BufferChoice,
     disks: tuple[str, ...],
     overwrite: tuple[str, ...],
+    rdma_device: str,
     as_json: bool,
 ) -> None:
     """Say what protect would refuse, warn of and cost; nothing is touched."""
     paths = _disk_paths(disks)
-    request = api.ProtectRequest(domain, to, delay, "auto", netbuffer, paths, list(overwrite))
+    request = api.ProtectRequest(domain, to, delay, "auto", netbuffer, paths, list(overwrite), rdma_device=rdma_device)
     answer, raw = session.agent().check(request)
     click.echo(msgspec.json.format(raw, indent=2) if as_json else checktext.check_text(answer))
     if answer.exit_code:

@@ -37,6 +37,8 @@ ARBITERS = ("standby",)
 # Host names end up in file names, in URLs and in certificates.
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,251}[A-Za-z0-9])?")
 
+_DEVICE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
+
 
 @dataclass(frozen=True)
 class Peer:
@@ -57,6 +59,7 @@ class Config:
     peers: dict[str, Peer] = field(default_factory=dict)
     ports: tuple[int, int] = (16530, 16629)
     loss_ms: int = 300
+    rdma_device: str = "auto"
     auto_protect: bool = True
     netbuffer: BufferChoice = "auto"
     buffer_limit_bytes: int = 0  # per NIC; 0: as the buffer thinks fit
@@ -148,7 +151,9 @@ def parse(text: str, origin: str = str(DEFAULT_PATH)) -> Config:
     listen.take(values, "listen_port", "port", _port)
 
     top.table("ports").take(values, "ports", "range", _port_range)
-    top.table("keepalive").take(values, "loss_ms", "loss", _loss)
+    keepalive = top.table("keepalive")
+    keepalive.take(values, "loss_ms", "loss", _loss)
+    keepalive.take(values, "rdma_device", "rdma_device", rdma_device)
 
     protect = top.table("protect")
     protect.take(values, "auto_protect", "auto", _flag)
@@ -316,6 +321,13 @@ def _loss(raw: Any) -> int:
     if not LOSS_MIN_MS <= milliseconds <= LOSS_MAX_MS:
         raise ValueError('must be 50ms to 10s: write "300ms"')
     return round(milliseconds)
+
+
+def rdma_device(raw: Any) -> str:
+    """A device's name, "auto" or "off". Raises: ValueError with what to write."""
+    if not isinstance(raw, str) or not _DEVICE.fullmatch(raw):
+        raise ValueError('must be "auto", "off", or the name of an RDMA device, like "mlx5_0"')
+    return raw
 
 
 def _reprotect_after(raw: Any) -> int:

@@ -68,6 +68,9 @@ class View:
 
     silent_ms: since the newest accepted keepalive on any link (our own stalls already taken out).
     stream_silent_ms: the same for the replication link alone. stream_age_ms: since the last acknowledgement or load.
+    rdma_silent_ms: since the peer's counter last rose in our memory (None: it was never connected); rdma_error: what the
+    adapter says of a write of ours that did not arrive. That is a hint: it may come before the silence, from a mere
+    flap of the link, and decides nothing; a write that does arrive says nothing of the peer's process.
     """
 
     role: Literal["primary", "standby"]
@@ -88,6 +91,8 @@ class View:
     peer_record: str = ""
     own_ended: bool = False
     buffer_broken: str = ""
+    rdma_silent_ms: float | None = None
+    rdma_error: str = ""
 
 
 def decide(view: View, settings: Settings) -> Verdict:
@@ -127,7 +132,7 @@ def _primary(view: View, settings: Settings) -> Verdict:
         return Verdict(Act.BREAK, f"the standby says {view.peer_record}")
     stream = stream_state(view, settings)
     if view.armed and stream == "overdue" and view.silent_ms > settings.loss_ms:
-        return Verdict(Act.BREAK, f"the standby is silent on every link for {view.silent_ms:.0f} ms")
+        return Verdict(Act.BREAK, f"the standby is silent on every link for {view.silent_ms:.0f} ms{_adapter(view)}")
     if view.armed and stream == "overdue" and view.stream_silent_ms > settings.loss_ms:
         return Verdict(
             Act.BREAK,
@@ -160,7 +165,10 @@ def _standby(view: View, settings: Settings) -> Verdict:
     if view.silent_ms > settings.loss_ms and stream != "alive":
         if not view.lan_ok:
             return Verdict(Act.ALARM, "the primary is silent, but this host's own LAN does not answer")
-        return Verdict(Act.CLAIM, f"the primary is silent on every link for {view.silent_ms:.0f} ms and the stream is {stream}")
+        return Verdict(
+            Act.CLAIM,
+            f"the primary is silent on every link for {view.silent_ms:.0f} ms and the stream is {stream}{_adapter(view)}",
+        )
     if view.silent_ms > GATE_SILENT_MS and stream == "alive":
         if not view.lan_ok:
             return Verdict(Act.ALARM, "the primary's gate is gone, but this host's own LAN does not answer")
@@ -174,7 +182,11 @@ def _standby_by_silence(view: View, settings: Settings) -> Verdict:
         return Verdict(Act.WAIT, "the primary speaks")
     if not view.lan_ok:
         return Verdict(Act.ALARM, "the primary is silent, but this host's own LAN does not answer")
-    return Verdict(Act.CLAIM, f"the primary is silent on every link for {view.silent_ms:.0f} ms")
+    return Verdict(Act.CLAIM, f"the primary is silent on every link for {view.silent_ms:.0f} ms{_adapter(view)}")
+
+
+def _adapter(view: View) -> str:
+    return f" (RDMA: {view.rdma_error})" if view.rdma_error else ""
 
 
 @dataclass

@@ -180,6 +180,8 @@ def _disk(disk: api.DiskStatus) -> str:
 
 def _link(link: api.LinkStatus) -> str:
     age = "never heard" if link.age_ms is None else f"{format_duration_ms(link.age_ms)} ago"
+    if link.detail:
+        return f"{link.kind} {link.link} NOT CONNECTED ({link.detail}), {age}"
     return f"{link.kind} {link.link} {age}" + (f" ({link.missed} missed)" if link.missed else "")
 
 

@@ -73,8 +73,9 @@ class Again:
     def _start(self, life: Life) -> None:
         body = life.body
         request = api.ProtectRequest(
-            body.domain, body.peer, body.delay_ms, body.engine_asked, body.buffer_asked, body.disk_paths, body.overwrite
-        )
+            body.domain, body.peer, body.delay_ms, body.engine_asked, body.buffer_asked, body.disk_paths, body.overwrite,
+            rdma_device=body.rdma_asked,
+        )  # fmt: skip
 
         async def work(job: JobHandle) -> str:
             try:

@@ -14,7 +14,7 @@ import xml.etree.ElementTree as ET
 from typing import TYPE_CHECKING
 
 from mcft import __version__, api, netbuffer, streams
-from mcft.agent import buffers, checkpeer, diskfiles, domainxml, model, prediction
+from mcft.agent import buffers, checkpeer, diskfiles, domainxml, model, prediction, rdma
 from mcft.agent.findings import Findings, exit_code
 from mcft.engines import tcg
 from mcft.errors import Failed, McftError, NotFound, Refused
@@ -127,6 +127,7 @@ class Checker:
         measuring = asyncio.create_task(self._predict(self.life))
         try:
             await self._see_domain(self.life, live)
+            await self._see_rdma(self.life)
             await self._see_peer(self.life)
             await self._see_links()
             self._see_outputs(live)
@@ -205,6 +206,11 @@ class Checker:
         self.findings.found.extend(theirs.findings)
         self._compare(life, theirs, before_s, time.time())
 
+    async def _see_rdma(self, life: Primary) -> None:
+        await self.findings.tried(life.choose_rdma())
+        if life.body.rdma:
+            self.findings.ok("rdma-here", f"this host has an RDMA device with the address {life.body.rdma.local}")
+
     async def _prepare(self, life: Primary) -> model.Prepare:
         """What `protect` would send, without keys and ports. Raises: Refused ("tls-missing"), Unreachable."""
         body, config = life.body, self.config
@@ -217,6 +223,7 @@ class Checker:
             body.disk_paths, body.overwrite, qemu=self.qemu,
             tls=streams.offer(config.tls, config.qemu_pki_dir, config.name), files=await diskfiles.of_domain(life),
             nvram=diskfiles.read_nvram(body.nvram) if body.nvram else None,
+            rdma_address=body.rdma.peer if body.rdma else "", rdma_required=rdma.required(life.rdma_wish()),
         )  # fmt: skip
 
     def _compare(self, life: Primary, theirs: checkpeer.Found, before_s: float, after_s: float) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
-from mcft.agent import diskfiles, domainxml, model
+from mcft.agent import diskfiles, domainxml, model, rdma
 from mcft.agent.findings import Findings
 from mcft.agent.qemuprobe import QemuProbe, trustworthy
 from mcft.api import Finding
@@ -334,6 +334,11 @@ async def engine(scene: Scene, probe: QemuProbe) -> Finding:
     return Finding("ok", "engine-there", f"the QEMU of {scene.host}, {probe.version}, can follow")
 
 
+async def rdma_keepalive(scene: Scene) -> Finding | None:
+    """Whether keepalives can go by RDMA, where the primary has it."""
+    return await rdma.look(scene.request, scene.site.config)
+
+
 def host_cpu(path: str = "/proc/cpuinfo") -> tuple[str, str]:
     """(model name, its flags sorted) of the host's first CPU."""
     found: dict[str, str] = {}
@@ -346,4 +351,4 @@ def host_cpu(path: str = "/proc/cpuinfo") -> tuple[str, str]:
     return found.get("model name", ""), " ".join(sorted(found.get("flags", "").split()))
 
 
-FITS: tuple[Callable[[Scene], Awaitable[Finding]], ...] = (machine, files, cpu, networks, memory, room)
+FITS: tuple[Callable[[Scene], Awaitable[Finding | None]], ...] = (machine, files, cpu, networks, memory, room, rdma_keepalive)

@@ -9,7 +9,7 @@ import shutil
 from typing import Any
 
 from mcft import diskreplica, streams
-from mcft.agent import diskfiles, domainxml, hook, model, network
+from mcft.agent import diskfiles, domainxml, hook, model, network, rdma
 from mcft.agent.overwriting import refuse_overwriting
 from mcft.agent.process import run
 from mcft.agent.site import Life, log
@@ -56,7 +56,7 @@ class Copy(Life):
         await self.save()
         return model.Prepared(
             self.site.config.listen_addresses[0], self.body.mig_port, self.body.nbd_port, self.body.links[0].local_port,
-            dict(self.site.versions), self.body.tls,
+            dict(self.site.versions), self.body.tls, self.body.rdma is not None,
         )  # fmt: skip
 
     async def _intend(self) -> None:
@@ -189,6 +189,7 @@ class Copy(Life):
         self.label()
 
     async def _start_gate(self) -> None:
+        self.body.rdma = await rdma.choose_here(self.request, self.site.config, self.body.links)
         await self.gate.create(self._gate_state())
 
     def _gate_state(self) -> GateState:
@@ -196,7 +197,7 @@ class Copy(Life):
             self.body.uuid, self.body.domain, self.body.pid, self.body.g, "standby", self.body.key, self.monitor_path(),
             self.body.qemu_pid, self.body.qemu_start, self.body.links, record="preparing", mode="closed", buffer="none",
             nics=self.body.nics, silenced=[n.target for n in self.body.nics], loss_ms=self.site.config.loss_ms,
-            delay_ms=self.body.delay_ms, lan_check=list(self.site.config.lan_check), tcg=self.body.tcg,
+            delay_ms=self.body.delay_ms, lan_check=list(self.site.config.lan_check), tcg=self.body.tcg, rdma=self.body.rdma,
             overlays={disk.target: diskreplica.overlay_path(disk, "active", self.body.g) for disk in self.body.disks},
         )  # fmt: skip
 

@@ -18,6 +18,7 @@ from mcft.agent.peerverbs import PeerVerbs
 from mcft.agent.protection import Primary
 from mcft.agent.site import Life, Site, log, stored_ledger
 from mcft.agent.standby import Standby
+from mcft.config import rdma_device
 from mcft.diskreplica import Disk
 from mcft.errors import Failed, McftError, NotFound, Refused, Unreachable, Usage
 from mcft.generations import Kind, Ledger
@@ -192,6 +193,10 @@ class Core:
         """The domain, if the request's words are sound and the peer is one. Raises: Usage, Refused, NotFound."""
         if not DELAY_MIN_MS <= request.delay_ms <= DELAY_MAX_MS:
             raise Usage("bad-delay", f"a delay of {request.delay_ms} ms is out of range", "10ms to 10s", "--delay 100ms")
+        try:
+            rdma_device(request.rdma_device or "auto")
+        except ValueError as error:
+            raise Usage("bad-rdma-device", f"--rdma-device {error}") from None
         if request.engine == "mc":
             raise Refused("no-engine", "engine mc is not available in this mcft", "", "use --engine auto")
         self.site.peer(request.to)
@@ -216,7 +221,8 @@ class Core:
             raise Refused(
                 "other-peer", f"{body.domain} is protected to {body.peer} already", "", f"mcft unprotect {body.domain} first"
             )  # fmt: skip
-        if body.delay_ms != request.delay_ms or request.netbuffer not in ("auto", body.buffer_asked):
+        other_rdma = request.rdma_device not in ("", body.rdma_asked)
+        if body.delay_ms != request.delay_ms or request.netbuffer not in ("auto", body.buffer_asked) or other_rdma:
             raise Refused(
                 "other-settings", f"{body.domain} is protected to {body.peer} with other settings",
                 f"delay {body.delay_ms} ms, buffer {body.buffer_asked}", f"mcft set {body.domain} --delay {request.delay_ms}ms",
@@ -247,6 +253,7 @@ class Core:
         await check.refuse_busy(life.qmp, domain.name)
         body.engine = "colo"
         body.buffer = await buffers.choose(request.netbuffer if request.netbuffer != "auto" else config.netbuffer, body.nics)
+        await life.choose_rdma()
         body.disks = await self.disks_of(life)
         await self.site.hook.prove(config.name, domainxml.machine(body.xml))
         life.on_gone = self.gone

@@ -109,6 +109,8 @@ class Deciding(Setup):
             self._acknowledged.set()
         elif kind == "verdict":
             self._verdict(fields)
+        elif kind == "rdma-wanted":
+            self.rdma.wanted(fields["reason"], fields["down_ms"])
         elif kind == "alarm":
             self.event("alarm", fields["reason"], "alarm")
         elif kind == "stalled":

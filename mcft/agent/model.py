@@ -9,7 +9,7 @@ import msgspec
 from mcft.api import BufferChoice, EngineChoice, Role, State
 from mcft.config import StreamTls
 from mcft.diskreplica import Disk
-from mcft.gate.state import LinkSpec
+from mcft.gate.state import LinkSpec, RdmaSpec
 from mcft.generations import Ledger, Side
 from mcft.netbuffer import Nic, Way
 
@@ -66,6 +66,8 @@ class Body(msgspec.Struct):
     tls: bool = False  # checkpoints and disk blocks are encrypted
     route_changed: bool = False  # mcft set `quickack` on the route to the peer
     nvram: str = ""  # file of the firmware's variables on this host
+    rdma: RdmaSpec | None = None  # the RDMA keepalive, where both sides have one
+    rdma_asked: str = ""  # --rdma-device; empty: as the configuration says
 
 
 class Hello(msgspec.Struct, frozen=True):
@@ -155,6 +157,8 @@ class Prepare(msgspec.Struct, frozen=True):
     tls: StreamTls = "off"  # what the primary asks for, its own certificates being there
     files: dict[str, DiskFile] = {}
     nvram: Nvram | None = None
+    rdma_address: str = ""  # the standby's, on the link where the primary has an RDMA device; empty: none is wanted
+    rdma_required: bool = False
 
 
 class Prepared(msgspec.Struct, frozen=True):
@@ -166,6 +170,20 @@ class Prepared(msgspec.Struct, frozen=True):
     keepalive_port: int
     versions: dict[str, str] = {}
     tls: bool = False
+    rdma: bool = False
+
+
+class RdmaOffer(msgspec.Struct, frozen=True):
+    """How to reach the queue pair of the primary's gate (`rdma.Offer`)."""
+
+    about: About
+    offer: dict[str, Any]
+
+
+class RdmaAnswer(msgspec.Struct, frozen=True):
+    """The same of the standby's gate, connected to it."""
+
+    offer: dict[str, Any]
 
 
 class Answer(msgspec.Struct, frozen=True):

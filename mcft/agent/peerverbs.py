@@ -28,6 +28,7 @@ class PeerVerbs:
     def __init__(self, core: Core) -> None:
         self.core, self.site = core, core.site
         self._preparing: dict[str, asyncio.Task[msgspec.Struct]] = {}  # by instance
+        self._connecting: dict[str, asyncio.Task[msgspec.Struct]] = {}  # by the primary's queue pair
         self._checking: dict[str, asyncio.Task[checkpeer.Found]] = {}  # by check
         self._verbs: dict[str, Callable[[str, bytes], Awaitable[msgspec.Struct]]] = {
             "hello": self._hello,
@@ -43,6 +44,7 @@ class PeerVerbs:
             "check": self._check,
             "start": self._start,
             "go-alone": self._go_alone,
+            "rdma": self._rdma,
         }
 
     async def call(self, peer_name: str, verb: str, body: bytes) -> bytes:
@@ -208,6 +210,19 @@ class PeerVerbs:
         job = self.core.jobs.start("failover", leader.body.domain, work, f"switch-{about.pid}-{about.detail}")
         await self.core.jobs.ended(job.id)
         return model.Answer("taken", about.g)
+
+    async def _rdma(self, peer: str, body: bytes) -> msgspec.Struct:
+        """The gates' queue pairs. Asked twice with one offer, it is connected once: each time makes a new one here."""
+        question = msgspec.json.decode(body, type=model.RdmaOffer)
+        _, life = self._instance(peer, model.encode(question.about))
+        key = f"{question.about.pid} {question.offer}"
+        if key not in self._connecting:
+            self._connecting = {k: task for k, task in self._connecting.items() if not task.done()}
+            self._connecting[key] = asyncio.create_task(self._accept(life, question), name=f"RDMA for {life.body.domain}")
+        return await asyncio.shield(self._connecting[key])
+
+    async def _accept(self, life: Standby, question: model.RdmaOffer) -> msgspec.Struct:
+        return model.RdmaAnswer(await life.gate.ask("rdma-accept", offer=question.offer))
 
     async def _start(self, peer: str, body: bytes) -> msgspec.Struct:
         return await coldstart.answer(self.core, peer, body)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mcft import diskreplica, filterbuffer, generations, streams
-from mcft.agent import buffers, diskfiles, domainxml, hook, model
+from mcft.agent import buffers, diskfiles, domainxml, hook, model, rdma
 from mcft.agent.site import Life, boottime_ms, log
 from mcft.agent.steps import Step
 from mcft.errors import Failed, Refused, Unreachable
@@ -34,6 +34,7 @@ class Setup(Life):
     def __init__(self, site: Any, body: model.Body, ledger: Ledger) -> None:
         super().__init__(site, body, ledger)
         self._acknowledged = asyncio.Event()
+        self.rdma = rdma.Exchange(self)
         self._graph = asyncio.Lock()  # one hand at a time on the domain's block graph
 
     def about(self, detail: str = "") -> model.About:
@@ -85,13 +86,25 @@ class Setup(Life):
             [port] * len(pairs), body.disk_paths, body.overwrite, body.g - 1, self.site.versions.get("qemu", ""), body.buffer,
             streams.offer(config.tls, config.qemu_pki_dir, config.name), await diskfiles.of_domain(self),
             diskfiles.read_nvram(body.nvram) if body.nvram else None,
+            body.rdma.peer if body.rdma else "", rdma.required(self.rdma_wish()),
         )  # fmt: skip
         prepared = await self.site.ask(body.peer, "prepare", request, model.Prepared, 90.0)
         body.links = [LinkSpec(local, port, remote, prepared.keepalive_port) for local, remote in pairs]
         body.mig_port, body.nbd_port = prepared.mig_port, prepared.nbd_port
         body.peer_versions, body.tls = prepared.versions, prepared.tls
+        body.rdma = rdma.settle(body.rdma, self.rdma_wish(), prepared, body.peer)
         self.to_state("syncing")
         await self.save()
+
+    def rdma_wish(self) -> str:
+        """What the operator asked for, or the configuration."""
+        return self.body.rdma_asked or self.site.config.rdma_device
+
+    async def choose_rdma(self) -> None:
+        """The RDMA keepalive's path, if there is one. Raises: Refused; changes nothing but the body."""
+        config = self.site.config
+        pairs = list(zip(config.listen_addresses, config.peers[self.body.peer].addresses, strict=False))
+        self.body.rdma = await rdma.choose(self.rdma_wish(), pairs)
 
     async def _discard_standby(self) -> None:
         """Before arming, and after given-up: the standby's side is nothing any more."""
@@ -131,7 +144,7 @@ class Setup(Life):
                 body.uuid, body.domain, body.pid, body.g, "primary", body.key, self.monitor_path(), body.qemu_pid,
                 body.qemu_start, body.links, record="preparing", mode="pass", buffer=body.buffer, nics=body.nics,
                 loss_ms=config.loss_ms, delay_ms=body.delay_ms, lan_check=list(config.lan_check),
-                limit_bytes=config.buffer_limit_bytes,
+                limit_bytes=config.buffer_limit_bytes, rdma=body.rdma,
             )
         )
 
@@ -267,5 +280,5 @@ async def make_body(site: Any, request: Any, g: int) -> model.Body:
         xml=await site.host.xml(info.uuid, inactive=info.persistent), persistent=info.persistent, autostart=info.autostart,
         disk_paths=dict(request.disks), overwrite=list(request.overwrite), qemu_pid=info.qemu_pid, qemu_start=start,
         boot_id=hook.boot_id(), nics=domainxml.nics(live, domainxml.uses_vhost(info.qemu_pid)),
-        nvram=domainxml.nvram(live),
+        nvram=domainxml.nvram(live), rdma_asked=request.rdma_device,
     )  # fmt: skip

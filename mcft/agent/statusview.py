@@ -64,7 +64,7 @@ def _flows(body: Body, gate: dict[str, Any], *, agreed: bool) -> bool:
 
 
 def _link(row: dict[str, Any]) -> api.LinkStatus:
-    return api.LinkStatus("udp", row["link"], _rounded(row["age_ms"]), row["missed"])
+    return api.LinkStatus(row.get("kind", "udp"), row["link"], _rounded(row["age_ms"]), row["missed"], row.get("detail", ""))
 
 
 def _versions(ours: dict[str, str], body: Body) -> api.Versions:

@@ -15,6 +15,7 @@ from mcft.failover import Act, Qemu, Settings, Silence, Verdict, View, decide
 from mcft.gate.control import Answer, Control, Denied
 from mcft.gate.lan import LanCheck
 from mcft.gate.loop import Commands, Loop, Task, Until, boottime_ms
+from mcft.gate.rdma import RdmaLink
 from mcft.gate.state import GateState, paths, process_start, save
 from mcft.keepalive import Heard, Link, Session, Word
 from mcft.monitor import DISK_ERRORS, Message, Monitor, MonitorGone, stamp_ms
@@ -66,6 +67,7 @@ class Gate:
         self.event_lag_ms = 0.0
         self.silence = Silence(state.loss_ms, self.started_ms)
         self.lan = LanCheck(self.loop, state.lan_check)
+        self.rdma = self._rdma_link()
         self._pidfd = -1
         self._opening: socket.socket | None = None
         self._monitor_since_ms = float("inf")
@@ -78,6 +80,7 @@ class Gate:
             "qmp": self._qmp,
             "event": self._missed_event,
             "quit": self._quit,
+            **(self.rdma.handlers() if self.rdma else {}),
             **self.side.handlers(),
         }
 
@@ -90,6 +93,8 @@ class Gate:
             self.loop.turn(self._turn)
         for link in self.links:
             link.sock.close()
+        if self.rdma:
+            self.rdma.close()
 
     def start(self, ready: Callable[[], None]) -> None:
         """Open everything; ready is called once the monitor is there too."""
@@ -98,6 +103,9 @@ class Gate:
         self._watch_process()
         self.side.started()
         self._connect_monitor()
+        if self.rdma:
+            self.rdma.start()
+            self._rdma_timer()
         self._keepalive_timer()
         self.loop.spawn(self._say_ready(ready))
 
@@ -300,17 +308,35 @@ class Gate:
         datagram = self.session.next(self.word(), now_ms)
         for link in self.links:
             link.send(datagram)
+        if self.rdma:
+            self.rdma.send(datagram)
 
     def _keepalive_timer(self) -> None:
         self.loop.after(self.state.loss_ms / 6, self._keepalive_timer)
         if len(self.links) < len(self.state.links):
             self.open_links()
+        if self.rdma:
+            self.rdma.tick(boottime_ms())
         self.say()
+
+    def _rdma_link(self) -> RdmaLink | None:
+        if self.state.rdma is None:
+            return None
+        return RdmaLink(
+            self.loop, self.state.rdma, self.state.loss_ms, self.control.note,
+            leads=self.state.role == "primary", on_error=lambda: self._decide(boottime_ms()),
+        )  # fmt: skip
+
+    def _rdma_timer(self) -> None:
+        """Nobody wakes us when the other host's adapter has written: our memory is looked at, twice per keepalive."""
+        self.loop.after(self.state.loss_ms / 12, self._rdma_timer)
+        assert self.rdma is not None
+        self._receive(self.rdma)
 
     def _receiver(self, link: Link) -> Callable[[int], None]:
         return lambda _events: self._receive(link)
 
-    def _receive(self, link: Link) -> None:
+    def _receive(self, link: Link | RdmaLink) -> None:
         datagrams = link.receive()
         now_ms = boottime_ms()  # after the reading: an arrival may be taken for later than it was, never for earlier
         for datagram in datagrams:
@@ -339,6 +365,8 @@ class Gate:
             self.control.note("stalled", count=self.silence.stalls)
         for link in self.links:
             self._receive(link)
+        if self.rdma:
+            self._receive(self.rdma)
         self._read_monitor()
         self._decide(boottime_ms())
 
@@ -346,7 +374,8 @@ class Gate:
         """What we see, for `failover.decide`."""
         first = self.state.links[0].peer if self.state.links else None
         silent_ms = self.silence.silent_ms(now_ms)
-        if silent_ms > self.state.loss_ms / 3:
+        hint = self.rdma.failing(now_ms) if self.rdma else ""
+        if silent_ms > self.state.loss_ms / 3 or hint:
             self.lan.ask(now_ms)
         return View(
             role="primary" if self.state.role == "primary" else "standby",
@@ -367,6 +396,8 @@ class Gate:
             peer_claiming=self.peer.claiming,
             peer_record=self.peer.record if self.peer.g == self.state.g else "",
             lan_ok=self.lan.ok(now_ms, silent_ms),
+            rdma_silent_ms=self.silence.silent_ms(now_ms, self.rdma.name) if self.rdma and self.rdma.connections else None,
+            rdma_error=hint,
         )
 
     def _decide(self, now_ms: float) -> None:
@@ -434,6 +465,15 @@ class Gate:
         """For tasks: wait for a condition, at most timeout_ms from now."""
         return Until(condition, boottime_ms() + timeout_ms)
 
+    def _rdma_status(self, now_ms: float, interval_ms: float) -> list[dict[str, Any]]:
+        if self.rdma is None:
+            return []
+        heard_ms = self.silence.links.get(self.rdma.name)
+        age_ms = None if heard_ms is None else now_ms - heard_ms
+        missed = 0 if age_ms is None else max(0, int(age_ms / interval_ms) - 1)
+        return [{"kind": "rdma", "link": self.rdma.peer, "age_ms": age_ms, "missed": missed, "detail": self.rdma.detail(now_ms),
+                 "connections": self.rdma.connections, "errors": self.rdma.errors}]  # fmt: skip
+
     def status(self) -> dict[str, Any]:
         """All that the agent shows of us."""
         now_ms = boottime_ms()
@@ -449,7 +489,7 @@ class Gate:
             "peer": {"record": self.peer.record, "qemu": self.peer.qemu, "claiming": self.peer.claiming,
                      "closed": self.peer.closed, "loads": self.peer.loads, "acks": self.peer.acks},
             "links": [{"link": name, "age_ms": age, "missed": 0 if age is None else max(0, int(age / interval_ms) - 1)}
-                      for name, age in ages.items()],
+                      for name, age in ages.items()] + self._rdma_status(now_ms, interval_ms),
             "verdict": None if self.verdict is None else
                        {"act": self.verdict.act.value, "reason": self.verdict.reason, "shutdown": self.shutdown_reason},
             "alarm": self._alarmed,

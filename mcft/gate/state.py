@@ -21,6 +21,14 @@ class LinkSpec(msgspec.Struct, frozen=True):
     peer_port: int
 
 
+class RdmaSpec(msgspec.Struct, frozen=True):
+    """The RDMA keepalive's path: our device ("auto": the one with our address), our address and the peer's."""
+
+    device: str
+    local: str
+    peer: str
+
+
 class GateState(msgspec.Struct):
     """pid: 32 hex digits; key: 64 hex digits; qemu_start: clock ticks since boot (/proc/PID/stat field 22).
 
@@ -55,6 +63,7 @@ class GateState(msgspec.Struct):
     serial: int = 0
     limit_bytes: int = 0
     tcg: bool = False
+    rdma: RdmaSpec | None = None
 
 
 def paths(run_dir: str, uuid: str) -> tuple[str, str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMED = re.compile(r"`((?:unit|lab|kernel)/test_\w+\.py)(?:::(\w+))?`")
+NAMED = re.compile(r"`((?:unit|lab|kernel|rdma)/test_\w+\.py)(?:::(\w+))?`")
 
 
 def tables(page: str) -> list[list[str]]:

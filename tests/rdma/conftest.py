@@ -1,0 +1,39 @@
+"""Tests of the RDMA keepalive on rxe, in a VM as root: `make test-rdma`."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from fabric import Fabric
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if os.geteuid() or not Path("/sys/module/rdma_rxe").exists() or importlib.util.find_spec("pyverbs") is None:
+        pytest.exit("these tests need root, rdma_rxe and pyverbs: make test-rdma", 2)
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """A skipped test has shown nothing: it counts as a failure."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None and reporter.stats.get("skipped"):
+        session.exitstatus = 1
+
+
+@pytest.fixture(scope="session")
+def wire() -> Fabric:
+    return Fabric()
+
+
+@pytest.fixture
+def fabric(wire: Fabric) -> Iterator[Fabric]:
+    """Whole before each test and after it."""
+    wire.mend()
+    yield wire
+    wire.mend()
