@@ -27,6 +27,7 @@ class Oracle:
         self.packets = 0
         self.lied = False  # an operator said that the other host is off, and it was not
         self.accepted_loss = False
+        self.arbiter_broken = False
         self.ended = False  # the guest shut itself down
         self.instances: dict[tuple[str, int], dict[tuple[Side, Host], list[tuple[int, str]]]] = {}
 

@@ -8,7 +8,7 @@ import warnings
 
 from mcft import api
 from mcft.agent.core import Core
-from tests.sim import aio, wiring
+from tests.sim import aio, arbiters, wiring
 from tests.sim.disk import History, Image, Moment
 from tests.sim.files import Files
 from tests.sim.machine import DISK, DOMAIN, UUID, XML, Domain, Machine
@@ -27,6 +27,8 @@ def make(seed: int, *, trace: bool = False) -> World:
     world.slow_store_ms = world.rng.choice([2.0, 30.0, 300.0])
     world.double_calls = world.rng.choice([0.0, 0.05, 0.3])
     world.slow_commit = world.rng.choice([1.0, 1.0, 5.0, 30.0])
+    world.arbiter = KINDS[seed % len(KINDS)]
+    world.fence_lies = world.rng.random() < 0.3
     world.auto_protect = world.rng.random() < 0.7
     for host in (*world.hosts, world.outside.host):
         host.files = Files(host)
@@ -34,6 +36,7 @@ def make(seed: int, *, trace: bool = False) -> World:
         host.rate = 1.0 + world.rng.uniform(-2e-4, 2e-4)
         host.wall_ms += world.rng.uniform(-5000, 5000)
     world.oracle = Oracle(world)
+    world.etcd = arbiters.Etcd(world)
     first = world.hosts[0]
     first.files.put(DISK, Image(Moment(0, 0)))
     first.machine.domains[UUID] = Domain(DOMAIN, definition=XML, xml=XML)
@@ -163,3 +166,4 @@ def until_it_flows(world: World) -> None:
 
 
 wiring.install()
+KINDS = ("standby", "etcd", "fence") if arbiters.install() else ("standby",)
