@@ -67,6 +67,7 @@ def apply(world: World, fault: Fault) -> None:
 def mend(world: World) -> None:
     """Everything as it should be: power, cables, disks."""
     world.note("world", "everything is mended")
+    world.mended += 1
     for host in world.hosts:
         host.thaw()
         host.machine.disk_fails = host.machine.qemu_hangs = host.machine.store_fails = False
@@ -84,7 +85,14 @@ def mend(world: World) -> None:
 
 
 def _later(world: World, ms: float, call: Callable[[], None]) -> None:
-    world.at(ms, world.outside, call)
+    """Not any more once all was mended."""
+    mended = world.mended
+
+    def then() -> None:
+        if world.mended == mended:
+            call()
+
+    world.at(ms, world.outside, then)
 
 
 def _gate(world: World, host: Host, fault: Fault) -> None:

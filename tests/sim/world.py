@@ -150,6 +150,7 @@ class World:
         self.slow_commit = 1.0
         self.auto_protect = True
         self.arbiter = "standby"
+        self.mended = 0
         self.fence_works, self.fence_lies = [True, True], False
         self.hosts = [Host(self, "host1", 0), Host(self, "host2", 1)]
         self.hosts[0].other, self.hosts[1].other = self.hosts[1], self.hosts[0]
