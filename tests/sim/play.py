@@ -125,10 +125,19 @@ def until_protected(world: World) -> None:
             raise Violation("liveness", f"not protected within {PROTECT_WITHIN_MS / 1000:.0f} s: {states(world)}")
         if world.now >= asked:
             asked = world.now + 5000.0
+            work_is_done(world)
             for host in world.hosts:
                 if any(q.runstate == "running" and (not q.colo or q.failover) for q in host.machine.qemus()):
                     protect(host)
         world.run(world.now + 50.0)
+
+
+def work_is_done(world: World) -> None:
+    """Whoever put a host into maintenance takes it out again."""
+    for host in world.hosts:
+        agent = host.machine.agent
+        if agent is not None and agent.serving and agent.core.site.maintenance:
+            maintenance(host, False)
 
 
 def is_protected(world: World) -> bool:
@@ -157,6 +166,7 @@ def until_it_flows(world: World) -> None:
             raise Violation("liveness", f"no output for {FLOWS_WITHIN_MS / 1000:.0f} s with everything mended: {states(world)}")
         if world.now >= type_at:
             type_at = world.now + 5000.0
+            work_is_done(world)
             for host in world.hosts:
                 running = [q for q in host.machine.qemus() if q.runstate == "paused" and q.colo != "secondary"]
                 for qemu in running:
