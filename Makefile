@@ -2,14 +2,16 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+SECONDS ?= 60
 
-.PHONY: help venv lint test-unit test-lab test-kernel test demo bench evidence mutants man clean
+.PHONY: help venv lint test-unit test-lab test-kernel sim sim-exhaustive sim-errors test demo bench evidence mutants man clean
 
 help:
 	@echo 'make demo       lab, protect, power loss, take-over, protect back, planned switch home; ends with a table'
 	@echo 'make test       lint, unit tests, kernel tests, and the lab (root; installs what it needs by itself)'
 	@echo 'make test-unit  under a minute, without root or libvirt'
 	@echo 'make test-kernel  the plug buffer, on user-mode Linux (root)'
+	@echo 'make sim        the protocol in a simulated world: SECONDS=60, and SEED=n replays one (docs/correctness.md)'
 	@echo 'make bench      the figures, as ratios within one run'
 	@echo 'make evidence   the long versions of the lab tests'
 
@@ -36,8 +38,18 @@ test-lab: venv
 test-kernel: venv
 	lab/uml $(CURDIR)/$(RUN) -m pytest tests/kernel -v -p no:cacheprovider
 
+# The real decision code in a deterministic world (docs/correctness.md): random faults, every interleaving, deliberate errors.
+sim: venv
+	$(RUN) -m tests.sim.run --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
+
+sim-exhaustive: venv
+	$(RUN) -m tests.sim.exhaustive --seconds $(SECONDS)
+
+sim-errors: venv
+	$(RUN) -m tests.sim.errors
+
 # (test-kernel joins once it has been seen stable on CI machines.)
-test: lint test-unit test-lab
+test: lint test-unit sim test-lab
 
 demo: venv
 	$(RUN) -m bench.demo

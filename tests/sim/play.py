@@ -102,6 +102,16 @@ def act(host: Host, verb: str, **fields: bool) -> None:
     agent.operator(f"{verb} vm1{flags}", work)
 
 
+def virsh_start(world: World) -> None:
+    """mcft knows nothing of it any more: started where it ran last."""
+    host = world.oracle.last_host
+    domain = host.machine.domains.get(UUID)
+    if host.up and domain is not None and domain.qemu is None and not host.machine.banned(UUID):
+        here.host = host
+        domain.xml = domain.definition or domain.xml
+        host.machine.boot_guest(UUID)
+
+
 def maintenance(host: Host, on: bool) -> None:
     agent = host.machine.agent
     if agent is None:
@@ -171,8 +181,14 @@ def until_it_flows(world: World) -> None:
                 running = [q for q in host.machine.qemus() if q.runstate == "paused" and q.colo != "secondary"]
                 for qemu in running:
                     world.at(0.0, qemu.proc, qemu.command, "cont", {}, lambda _reply: None)
-            host = world.rng.choice(world.hosts)
-            act(host, "start")
+            if any(word in state_of(host) for host in world.hosts for word in ("a", "e", "o")):
+                act(world.rng.choice(world.hosts), "start")
+            else:
+                virsh_start(world)
+            if world.oracle.arbiter_broken:
+                for host in world.hosts:
+                    if any(q.colo == "primary" or q.copy is not None for q in host.machine.qemus()):
+                        act(host, "unprotect")
 
 
 wiring.install()
