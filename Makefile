@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+SECONDS ?= 60
 
-.PHONY: help venv lint test-unit test-lab test-kernel test-rdma test demo bench evidence mutants man clean
+.PHONY: help venv lint test-unit test-lab test-kernel test-rdma sim sim-exhaustive sim-errors test demo bench evidence mutants man clean
 
 help:
 	@echo 'make demo       lab, protect, power loss, take-over, protect back, planned switch home; ends with a table'
@@ -11,6 +12,7 @@ help:
 	@echo 'make test-unit  under a minute, without root or libvirt'
 	@echo 'make test-kernel  the plug buffer, on user-mode Linux (root)'
 	@echo 'make test-rdma  the RDMA keepalive, in a VM (root)'
+	@echo 'make sim        the protocol in a simulated world: SECONDS=60, and SEED=n replays one (docs/correctness.md)'
 	@echo 'make bench      the figures, as ratios within one run'
 	@echo 'make evidence   the long versions of the lab tests'
 
@@ -41,8 +43,18 @@ test-kernel: venv
 test-rdma: venv
 	lab/vm $(CURDIR)/$(RUN) -m pytest tests/rdma -v -p no:cacheprovider
 
+# The real decision code in a deterministic world (docs/correctness.md): random faults, every interleaving, deliberate errors.
+sim: venv
+	$(RUN) -m tests.sim.run --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
+
+sim-exhaustive: venv
+	$(RUN) -m tests.sim.exhaustive --seconds $(SECONDS)
+
+sim-errors: venv
+	$(RUN) -m tests.sim.errors
+
 # (test-kernel joins once it has been seen stable on CI machines.)
-test: lint test-unit test-lab
+test: lint test-unit sim test-lab
 
 demo: venv
 	$(RUN) -m bench.demo

@@ -49,6 +49,8 @@ class Again:
             return f"an operator must look first: {body.manual}"
         if body.overlays_g:
             return "the overlays of its take-over are not committed yet"
+        if body.dismantling:
+            return "what was set up for its last standby is not taken away yet"
         if not config.auto_protect or self.site.maintenance:
             return "protecting by itself is switched off"
         if self.site.jobs.running(body.domain):

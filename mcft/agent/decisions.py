@@ -225,6 +225,7 @@ class Deciding(Setup):
         await self.gate.insist("update", record="solo")
         await self.gate.insist("open", because="solo")
         self.body.next_try_boottime_ms = boottime_ms()
+        self.body.dismantling = True
         self.to_state("solo", reason)
         await self.save()
         await self.free()
@@ -254,9 +255,14 @@ class Deciding(Setup):
             await self.site.host.set_autostart(self.body.uuid, True)
 
     async def dismantle_all(self) -> None:
-        """The set-up backwards, without what a solo guest keeps and the standby's own (it cleans up itself)."""
+        """The set-up backwards, without what a solo guest keeps and the standby's own (it cleans up itself).
+
+        What fails of it is tried again (`go_on`), though its gate is gone by then: `dismantling` remembers that.
+        """
         done = {step.name for step in self.steps()} - set(STANDBYS_SIDE)
         await self.site.runner.undo_all(self.steps(), self, done)
+        self.body.dismantling = False
+        await self.save()
 
     async def _clean_up_dead(self) -> None:
         await self.gate.end()
@@ -273,15 +279,21 @@ class Deciding(Setup):
                 await self.record(Kind.SPOKEN, self.ledger.owned)
             await self._clean_up_dead()
             await self.free()
-        elif self.body.state not in ("solo", "unprotected", "stopped") or os.path.exists(self.gate.state_path):
+        elif self._half_solo():
             if not self.ledger.spoken:
                 await self.gate.adopt()
                 await self._leave()
                 await self.record(Kind.SPOKEN, self.ledger.owned)
+            self.body.dismantling = True
             self.to_state("solo", self.body.reason)
             await self.free()
             await self.dismantle_all()
         await self.look()
+
+    def _half_solo(self) -> bool:
+        """Whether going solo was cut off, or its taking away failed."""
+        settled = self.body.state in ("solo", "unprotected", "stopped")
+        return not settled or self.body.dismantling or os.path.exists(self.gate.state_path)
 
     # ---- lost, ended ----
 

@@ -58,6 +58,7 @@ class Body(msgspec.Struct):
     manual: str = ""  # why it is not protected again by itself (override, disk error…)
     failures: int = 0
     next_try_boottime_ms: float = 0.0
+    dismantling: bool = False  # solo, and what was set up for the standby is not all taken away yet
     quick_return: bool = False  # the standby was lost by a bare restart of its QEMU or link
     peer_versions: dict[str, str] = {}
     previous: str = ""  # the body that this instance would replace: put back if the set-up is undone

@@ -275,6 +275,7 @@ class Life:
                 self.to_state("unprotected", "started again")
         else:
             self.body.qemu_pid = self.body.qemu_start = 0
+            self.body.dismantling = False  # it went with its QEMU
             if self.body.state != "stopped":
                 self.to_state("stopped", "the guest was ended")
             if self.body.overlays_g:

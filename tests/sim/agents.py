@@ -24,6 +24,11 @@ from tests.sim import aio
 from tests.sim.machine import ADDRESSES, RUN, STATE, SimLibvirt
 from tests.sim.world import Host, Proc, here
 
+try:
+    from mcft.agent import arbitration
+except ImportError:
+    arbitration = None  # type: ignore[assignment]
+
 T = TypeVar("T")
 
 
@@ -222,6 +227,19 @@ class SimPool:
         return await done
 
 
+def _arbiter(kind: str, other: str) -> dict[str, Any]:
+    """That part of the configuration."""
+    if kind == "etcd":
+        from mcft.config import Etcd
+
+        return {"arbiter": kind, "etcd": Etcd(("http://arb:2379",))}
+    if kind == "fence":
+        from mcft.config import FenceDevice
+
+        return {"arbiter": kind, "fence": {other: FenceDevice("fence_sim", (), 2500)}}
+    return {}
+
+
 class AgentProc(Proc):
     """`mcft agent`."""
 
@@ -244,10 +262,12 @@ class AgentProc(Proc):
             name=host.name, listen_addresses=ADDRESSES[host.name], peers={other: Peer(other, ADDRESSES[other])},
             loss_ms=300, netbuffer="filter", reprotect_after_ms=3000, reprotect_after_restart_ms=1500, tls="off",
             lan_check=("192.168.0.254",), state_dir=STATE, run_dir=RUN, auto_protect=host.world.auto_protect,
+            **_arbiter(host.world.arbiter, other),
         )  # fmt: skip
         store = SimStore(host)
         site = Site(
-            config, store, SimEvents(host), Jobs(), SimLibvirt(host), SimMarkers(host), _Proof(), Ports(*config.ports)  # type: ignore[arg-type]
+            config, store, SimEvents(host), Jobs(), SimLibvirt(host), SimMarkers(host), _Proof(), Ports(*config.ports),  # type: ignore[arg-type]
+            *([arbitration.Arbiters(config)] if arbitration is not None else []),
         )
         core = self.core = Core(site)
         site.versions.update(qemu="11.1.3", libvirt="11.3.0")

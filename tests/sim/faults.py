@@ -37,6 +37,7 @@ KINDS: dict[str, float] = {
     "QEMU hangs": 0.7, "wall clock steps": 1, "the guest shuts down": 1, "virsh destroy": 0.7, "virsh suspend and resume": 1.5,
     "mcft failover": 2, "mcft solo": 1, "mcft solo --peer-is-off": 0.7, "mcft failover --force --peer-is-off": 0.5,
     "mcft unprotect": 1, "mcft protect": 1.5, "mcft maintenance": 0.8, "mcft start": 1.0, "mcft start --accept-lost-data": 0.3,
+    "arbiter away": 3, "arbiter slow": 2, "arbiter wiped": 0.5, "arbiter rolled back": 0.5,
 }  # fmt: skip
 
 
@@ -66,6 +67,7 @@ def apply(world: World, fault: Fault) -> None:
 def mend(world: World) -> None:
     """Everything as it should be: power, cables, disks."""
     world.note("world", "everything is mended")
+    world.mended += 1
     for host in world.hosts:
         host.thaw()
         host.machine.disk_fails = host.machine.qemu_hangs = host.machine.store_fails = False
@@ -76,13 +78,21 @@ def mend(world: World) -> None:
         for proc in list(host.procs):
             while proc.halted:
                 proc.go_on()
+    _arbiter_there(world)
     for number, link in enumerate(world.links):
         link.loss = link.double = link.late_ms = 0.0
         world.cut(number, (True, True))
 
 
 def _later(world: World, ms: float, call: Callable[[], None]) -> None:
-    world.at(ms, world.outside, call)
+    """Not any more once all was mended."""
+    mended = world.mended
+
+    def then() -> None:
+        if world.mended == mended:
+            call()
+
+    world.at(ms, world.outside, then)
 
 
 def _gate(world: World, host: Host, fault: Fault) -> None:
@@ -290,6 +300,38 @@ def _accept(world: World, host: Host, fault: Fault) -> None:
         play.act(host, "start", accept_lost_data=True)
 
 
+def _arbiter_away(world: World, host: Host, fault: Fault) -> None:
+    etcd = world.etcd
+    if fault.more == 3:
+        etcd.up = False
+    else:
+        etcd.reaches[host.number] = world.fence_works[host.number] = False
+        if fault.more == 2:
+            etcd.reaches[:] = world.fence_works[:] = [False, False]
+    _later(world, fault.ms, lambda: _arbiter_there(world))
+
+
+def _arbiter_there(world: World) -> None:
+    world.etcd.up = True
+    world.etcd.reaches[:] = world.fence_works[:] = [True, True]
+    world.etcd.slow_ms = 0.0
+
+
+def _arbiter_slow(world: World, host: Host, fault: Fault) -> None:
+    world.etcd.slow_ms = [20.0, 200.0, 900.0, 4000.0][fault.more]
+    _later(world, fault.ms, lambda: _arbiter_there(world))
+
+
+def _arbiter_wiped(world: World, host: Host, fault: Fault) -> None:
+    if world.arbiter == "etcd":
+        world.etcd.wipe()
+
+
+def _arbiter_back(world: World, host: Host, fault: Fault) -> None:
+    if world.arbiter == "etcd":
+        world.etcd.roll_back()
+
+
 _HOW: dict[str, Callable[[World, Host, Fault], None]] = {
     "kill the gate": _gate, "kill the agent": _agent, "kill QEMU": _qemu, "power": _power, "both lose power": _both_power,
     "freeze the host": _freeze, "stop the gate": _stop_gate, "stop the agent": _stop_agent, "cut a link": _cut,
@@ -298,5 +340,6 @@ _HOW: dict[str, Callable[[World, Host, Fault], None]] = {
     "wall clock steps": _wall, "the guest shuts down": _shutdown, "virsh destroy": _destroy,
     "virsh suspend and resume": _suspend, "mcft failover": _failover, "mcft solo": _solo,
     "mcft solo --peer-is-off": _solo_off, "mcft failover --force --peer-is-off": _failover_off, "mcft unprotect": _unprotect,
-    "mcft protect": _protect, "mcft maintenance": _maintenance, "mcft start": _start, "mcft start --accept-lost-data": _accept,
+    "mcft protect": _protect, "mcft maintenance": _maintenance, "mcft start": _start, "mcft start --accept-lost-data": _accept, "arbiter away": _arbiter_away, "arbiter slow": _arbiter_slow,
+    "arbiter wiped": _arbiter_wiped, "arbiter rolled back": _arbiter_back,
 }  # fmt: skip

@@ -200,7 +200,8 @@ class SimLink(Link):
             other = self.proc.host.other
             counter = int.from_bytes(datagram[40:48], "big")
             fresh = counter >= link.newest.get(datagram[32:40], 0)
-            if fresh and self.proc.start + 1500 < other.world.now:  # a newcomer must prove itself first
+            proven = link.proc.gate.session.peer_nonce == datagram[32:40]  # a newcomer must prove itself first
+            if fresh and proven:
                 other.machine.heard_at = other.world.now
             link.newest[datagram[32:40]] = max(counter, link.newest.get(datagram[32:40], 0))
             link.proc.ready(link.sock)

@@ -24,9 +24,11 @@ class Oracle:
         self.world = world
         self.last: Moment | None = None  # the newest packet that anybody outside has seen
         self.last_at = 0.0
+        self.last_host = world.hosts[0]
         self.packets = 0
         self.lied = False  # an operator said that the other host is off, and it was not
         self.accepted_loss = False
+        self.arbiter_broken = False
         self.ended = False  # the guest shut itself down
         self.instances: dict[tuple[str, int], dict[tuple[Side, Host], list[tuple[int, str]]]] = {}
 
@@ -49,7 +51,7 @@ class Oracle:
         if last is not None and not (history.holds(moment, last) and moment.n > last.n):
             raise Violation("observer monotonic", f"{host.name} sent {moment} after {last} was seen")
         if host.machine.lan_up:
-            self.last, self.last_at = moment, self.world.now
+            self.last, self.last_at, self.last_host = moment, self.world.now, host
             self.packets += 1
 
     def _opened(self, host: Host) -> None:

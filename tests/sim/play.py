@@ -8,7 +8,7 @@ import warnings
 
 from mcft import api
 from mcft.agent.core import Core
-from tests.sim import aio, wiring
+from tests.sim import aio, arbiters, wiring
 from tests.sim.disk import History, Image, Moment
 from tests.sim.files import Files
 from tests.sim.machine import DISK, DOMAIN, UUID, XML, Domain, Machine
@@ -27,6 +27,8 @@ def make(seed: int, *, trace: bool = False) -> World:
     world.slow_store_ms = world.rng.choice([2.0, 30.0, 300.0])
     world.double_calls = world.rng.choice([0.0, 0.05, 0.3])
     world.slow_commit = world.rng.choice([1.0, 1.0, 5.0, 30.0])
+    world.arbiter = KINDS[seed % len(KINDS)]
+    world.fence_lies = world.rng.random() < 0.3
     world.auto_protect = world.rng.random() < 0.7
     for host in (*world.hosts, world.outside.host):
         host.files = Files(host)
@@ -34,6 +36,7 @@ def make(seed: int, *, trace: bool = False) -> World:
         host.rate = 1.0 + world.rng.uniform(-2e-4, 2e-4)
         host.wall_ms += world.rng.uniform(-5000, 5000)
     world.oracle = Oracle(world)
+    world.etcd = arbiters.Etcd(world)
     first = world.hosts[0]
     first.files.put(DISK, Image(Moment(0, 0)))
     first.machine.domains[UUID] = Domain(DOMAIN, definition=XML, xml=XML)
@@ -99,6 +102,16 @@ def act(host: Host, verb: str, **fields: bool) -> None:
     agent.operator(f"{verb} vm1{flags}", work)
 
 
+def virsh_start(world: World) -> None:
+    """mcft knows nothing of it any more: started where it ran last."""
+    host = world.oracle.last_host
+    domain = host.machine.domains.get(UUID)
+    if host.up and domain is not None and domain.qemu is None and not host.machine.banned(UUID):
+        here.host = host
+        domain.xml = domain.definition or domain.xml
+        host.machine.boot_guest(UUID)
+
+
 def maintenance(host: Host, on: bool) -> None:
     agent = host.machine.agent
     if agent is None:
@@ -122,10 +135,19 @@ def until_protected(world: World) -> None:
             raise Violation("liveness", f"not protected within {PROTECT_WITHIN_MS / 1000:.0f} s: {states(world)}")
         if world.now >= asked:
             asked = world.now + 5000.0
+            work_is_done(world)
             for host in world.hosts:
                 if any(q.runstate == "running" and (not q.colo or q.failover) for q in host.machine.qemus()):
                     protect(host)
         world.run(world.now + 50.0)
+
+
+def work_is_done(world: World) -> None:
+    """Whoever put a host into maintenance takes it out again."""
+    for host in world.hosts:
+        agent = host.machine.agent
+        if agent is not None and agent.serving and agent.core.site.maintenance:
+            maintenance(host, False)
 
 
 def is_protected(world: World) -> bool:
@@ -154,12 +176,20 @@ def until_it_flows(world: World) -> None:
             raise Violation("liveness", f"no output for {FLOWS_WITHIN_MS / 1000:.0f} s with everything mended: {states(world)}")
         if world.now >= type_at:
             type_at = world.now + 5000.0
+            work_is_done(world)
             for host in world.hosts:
                 running = [q for q in host.machine.qemus() if q.runstate == "paused" and q.colo != "secondary"]
                 for qemu in running:
                     world.at(0.0, qemu.proc, qemu.command, "cont", {}, lambda _reply: None)
-            host = world.rng.choice(world.hosts)
-            act(host, "start")
+            if any(word in state_of(host) for host in world.hosts for word in ("a", "e", "o")):
+                act(world.rng.choice(world.hosts), "start")
+            else:
+                virsh_start(world)
+            if world.oracle.arbiter_broken:
+                for host in world.hosts:
+                    if any(q.colo == "primary" or q.copy is not None for q in host.machine.qemus()):
+                        act(host, "unprotect")
 
 
 wiring.install()
+KINDS = ("standby", "etcd", "fence") if arbiters.install() else ("standby",)

@@ -203,9 +203,10 @@ class Qemu:
             self._packet(moment)
             return
         self.pending = moment
-        assert self.nbd is not None
-        if self.nbd.open:
-            self.nbd.send(self, lambda: self.copy_of_disk().take(self, moment))
+        nbd = self.nbd
+        assert nbd is not None
+        if nbd.open:
+            nbd.send(self, lambda: nbd.ends[1].take(self, nbd, moment))
         else:
             self._remote_failed()
 
@@ -216,10 +217,8 @@ class Qemu:
         assert self.nbd is not None
         return self.nbd.ends[1]
 
-    def take(self, primary: Qemu, moment: Moment) -> None:
+    def take(self, primary: Qemu, nbd: Connection, moment: Moment) -> None:
         """The standby's NBD export writes its disk; what was there since the checkpoint goes to `hidden` first."""
-        nbd = primary.nbd
-        assert nbd is not None
         if not self.exporting:
             nbd.send(self, lambda: primary.answered(moment, "export is gone"))
             return

@@ -149,6 +149,9 @@ class World:
         self.slow_monitor_ms = self.slow_store_ms = self.double_calls = 0.0
         self.slow_commit = 1.0
         self.auto_protect = True
+        self.arbiter = "standby"
+        self.mended = 0
+        self.fence_works, self.fence_lies = [True, True], False
         self.hosts = [Host(self, "host1", 0), Host(self, "host2", 1)]
         self.hosts[0].other, self.hosts[1].other = self.hosts[1], self.hosts[0]
         self.links = [Link(), Link()]
