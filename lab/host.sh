@@ -27,6 +27,7 @@ host_files() {
     : > "$r/etc/resolv.conf"
     install -m 755 "$LAB/files/mcft" "$r/usr/local/bin/mcft"
     ln -sf ../local/bin/mcft "$r/usr/bin/mcft"
+    install -m 755 "$LAB/files/fence_lab" "$r/usr/local/sbin/fence_lab"
     pki_files "$n" "$r"
     is_host "$n" || return 0
     echo "$n mcft lab" | md5sum | cut -c1-32 > "$r/etc/machine-id"
@@ -45,6 +46,8 @@ mcft_files() {
     sed -e "s/@NAME@/$(hostname_of "$n")/g" -e "s/@PEER@/$(hostname_of "$o")/g" -e "s/@REP@/$(rep_ip "$n")/g" -e "s/@LAN@/$(lan_ip "$n")/g" \
         -e "s/@PEER_REP@/$(rep_ip "$o")/g" -e "s/@PEER_LAN@/$(lan_ip "$o")/g" "$LAB/files/mcft.toml.in" > "$r/etc/mcft/mcft.toml"
     [ "$SLOW" = 1 ] || printf '\n[keepalive]\nloss = "%sms"\n' $((300 * SLOW)) >> "$r/etc/mcft/mcft.toml"
+    # a test's own, which is to outlive a power cut
+    [ ! -e "$STATE/$n/mcft.toml" ] || cp "$STATE/$n/mcft.toml" "$r/etc/mcft/mcft.toml"
     if [ -e "$REPO/mcft/hook.sh" ]; then install -m 755 "$REPO/mcft/hook.sh" "$r/etc/libvirt/hooks/qemu"; else rm -f "$r/etc/libvirt/hooks/qemu"; fi
     rm -f "$r"/etc/systemd/system/mcft-*.{service,socket,target,timer}
     for u in "$REPO"/packaging/*.service "$REPO"/packaging/*.socket "$REPO"/packaging/*.target; do

@@ -4,7 +4,7 @@
 TREE_VERSION=1
 PACKAGES="systemd systemd-sysv dbus libvirt-daemon-system libvirt-clients qemu-system-x86 qemu-utils
  ovmf python3 python3-venv python3-libvirt iproute2 iputils-ping iputils-arping tcpdump redis-tools redis-server procps e2fsprogs
- sqlite3 gnutls-bin openssl busybox-static kmod netcat-openbsd curl ca-certificates util-linux strace less"
+ sqlite3 gnutls-bin openssl etcd-server etcd-client busybox-static kmod netcat-openbsd curl ca-certificates util-linux strace less"
 # What the agent imports, if the checkout has no requirements.lock yet.
 PIP_NAMES="click rich pyroute2 aiohttp msgspec"
 

@@ -20,6 +20,7 @@ Role = Literal["primary", "standby"]
 BufferChoice = Literal["auto", "plug", "filter", "none"]
 EngineChoice = Literal["auto", "mc", "colo"]
 Transport = Literal["tcp", "unix", "rdma"]
+ArbiterKind = Literal["standby", "etcd", "fence"]
 
 
 class ErrorBody(msgspec.Struct, frozen=True):
@@ -82,9 +83,14 @@ class LinkStatus(msgspec.Struct, frozen=True):
 
 
 class ArbiterStatus(msgspec.Struct, frozen=True):
+    """Who decides which side goes on, as this host sees it. reason: why it can't decide now; peer_reachable: the other host's
+    word (None: not known)."""
+
     kind: str = "standby"
     reachable: bool = True
     last_ok_age_ms: float | None = None
+    reason: str | None = None
+    peer_reachable: bool | None = None
 
 
 class Versions(msgspec.Struct, frozen=True):
@@ -182,6 +188,7 @@ class ProtectRequest(msgspec.Struct, frozen=True):
     """POST /v1/protections → JobBody. disks: target → path on the standby; overwrite: paths that may be.
 
     rdma_device: a device's name, "auto" or "off"; empty: as the configuration says.
+    arbiter: None: as configured.
     """
 
     domain: str
@@ -193,6 +200,7 @@ class ProtectRequest(msgspec.Struct, frozen=True):
     overwrite: list[str] = []
     key: str = ""
     rdma_device: str = ""
+    arbiter: ArbiterKind | None = None
 
 
 class ActRequest(msgspec.Struct, frozen=True):

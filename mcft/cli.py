@@ -104,6 +104,7 @@ def cli(ctx: click.Context, host: str | None, config: Path | None) -> None:
 @_delay_option(default="100ms", show_default=True)
 @click.option("--engine", type=click.Choice(get_args(api.EngineChoice)), default="auto", show_default=True)
 @click.option("--netbuffer", type=click.Choice(get_args(api.BufferChoice)), default="auto", show_default=True)
+@click.option("--arbiter", type=click.Choice(get_args(api.ArbiterKind)), help="Who decides at a loss; default: as configured.")
 @click.option(
     "--disk", "disks", multiple=True, metavar="TARGET=PATH", help="The disk's place on the standby."
 )
@@ -119,6 +120,7 @@ def protect(
     delay: int,
     engine: api.EngineChoice,
     netbuffer: api.BufferChoice,
+    arbiter: api.ArbiterKind | None,
     disks: tuple[str, ...],
     overwrite: tuple[str, ...],
     rdma_device: str,
@@ -127,7 +129,9 @@ def protect(
 ) -> None:
     """Protect a running domain with a standby on PEER."""
     paths = _disk_paths(disks)
-    request = api.ProtectRequest(domain, to, delay, engine, netbuffer, paths, list(overwrite), _new_key(), rdma_device)
+    request = api.ProtectRequest(
+        domain, to, delay, engine, netbuffer, paths, list(overwrite), _new_key(), rdma_device, arbiter
+    )
     agent = session.agent()
     with _detachable(f"protecting {domain} goes on; `mcft unprotect {domain}` cancels it"):
         job = agent.protect(request)

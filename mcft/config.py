@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
 
 from mcft import units
-from mcft.api import BufferChoice
+from mcft.api import ArbiterKind, BufferChoice
 from mcft.errors import NotFound, Usage
 
 DEFAULT_PATH = Path("/etc/mcft/mcft.toml")
@@ -31,10 +31,11 @@ PORTS_PER_PROTECTION = 3
 StreamTls = Literal["off", "opportunistic", "required"]
 Reserve = Literal["used", "full"]
 
-# `etcd` and `fence` join when their rooms exist: a kind that is accepted and not honoured would be unsafe.
-ARBITERS = ("standby",)
+ARBITERS = get_args(ArbiterKind)
+FENCE_DELAY_MAX_MS = 60_000
 
 # Host names end up in file names, in URLs and in certificates.
+_FENCE_AGENT = re.compile(r"fence_[a-z0-9_]+")
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,251}[A-Za-z0-9])?")
 
 _DEVICE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
@@ -47,6 +48,28 @@ class Peer:
     name: str
     addresses: tuple[str, ...]
     port: int = DEFAULT_PORT
+
+
+@dataclass(frozen=True)
+class Etcd:
+    """The etcd that arbitrates. endpoints: URLs, http or https; cert, key: of a client certificate, if etcd wants one."""
+
+    endpoints: tuple[str, ...] = ()
+    ca: Path | None = None
+    cert: Path | None = None
+    key: Path | None = None
+    user: str = ""
+    password_file: Path | None = None
+    prefix: str = "/mcft"
+
+
+@dataclass(frozen=True)
+class FenceDevice:
+    """How one other host is switched off. delay_ms: how much longer a standby of that host waits before it does."""
+
+    agent: str
+    options: tuple[tuple[str, str], ...] = ()
+    delay_ms: int = 5000
 
 
 @dataclass(frozen=True)
@@ -66,7 +89,9 @@ class Config:
     max_bandwidth_bytes: int = 10 * 2**30
     reprotect_after_ms: int = 60_000
     reprotect_after_restart_ms: int = 60_000
-    arbiter: str = "standby"
+    arbiter: ArbiterKind = "standby"
+    etcd: Etcd = Etcd()
+    fence: dict[str, FenceDevice] = field(default_factory=dict)
     operators: tuple[str, ...] = ()
     pki_dir: Path = Path("/etc/pki")
     qemu_pki_dir: Path = Path("/etc/pki/qemu")
@@ -168,6 +193,8 @@ def parse(text: str, origin: str = str(DEFAULT_PATH)) -> Config:
     top.table("disks").take(values, "reserve", "reserve", _one_of(get_args(Reserve)))
     top.table("lan").take(values, "lan_check", "check", _peer_addresses)
     top.table("arbiter").take(values, "arbiter", "kind", _one_of(ARBITERS))
+    values["etcd"] = _etcd(top.table("etcd"))
+    values["fence"] = _fence(top.table("fence"))
 
     agent = top.table("agent")
     agent.take(values, "libvirt_uri", "libvirt_uri", _word)
@@ -251,8 +278,42 @@ def _peers(tables: _Table) -> dict[str, Peer]:
     return peers
 
 
+def _etcd(table: _Table) -> Etcd:
+    values: dict[str, Any] = {}
+    table.take(values, "endpoints", "endpoints", _endpoints)
+    for key in ("ca", "cert", "key", "password_file"):
+        table.take(values, key, key, _directory)
+    table.take(values, "user", "user", _word)
+    table.take(values, "prefix", "prefix", _word)
+    if ("cert" in values) != ("key" in values):
+        table.refuse("cert", "goes with key: name both files, or neither")
+    if ("user" in values) != ("password_file" in values):
+        table.refuse("user", "goes with password_file: name both, or neither")
+    return Etcd(**values)
+
+
+def _fence(tables: _Table) -> dict[str, FenceDevice]:
+    devices: dict[str, FenceDevice] = {}
+    for name in tables.untaken():
+        table = tables.table(name)
+        values: dict[str, Any] = {}
+        table.take(values, "agent", "agent", _fence_agent)
+        table.take(values, "delay_ms", "delay", _fence_delay)
+        table.take(values, "options", "options", _options)
+        if "agent" not in values:
+            tables.refuse(name, 'needs its fence agent: write agent = "fence_ipmilan"')
+        devices[name] = FenceDevice(**values)
+    return devices
+
+
 def _consistent(config: Config, top: _Table) -> Config:
     """Checks between keys; each key alone is sound by now."""
+    if config.arbiter == "etcd" and not config.etcd.endpoints:
+        top.refuse("arbiter.kind", 'is "etcd": name its endpoints, [etcd] endpoints = ["https://192.0.2.3:2379"]')
+    if config.arbiter == "fence" and (without := sorted(set(config.peers) - set(config.fence))):
+        top.refuse("arbiter.kind", f'is "fence": say how {without[0]} is switched off, in [fence.{without[0]}]')
+    if strangers := sorted(set(config.fence) - set(config.peers)):
+        top.refuse(f"fence.{strangers[0]}", f"is no peer: write [peers.{strangers[0]}] too, or take it away")
     if config.name in config.peers:
         top.refuse(f"peers.{config.name}", "is this host itself (see name): write the other host's name")
     first, last = config.ports
@@ -341,6 +402,39 @@ def _bandwidth(raw: Any) -> int:
     if raw == 0 and not isinstance(raw, bool):
         return 0
     return units.parse_rate_bytes(_quantity(raw, "10GiB"), what="bandwidth")
+
+
+def _fence_agent(raw: Any) -> str:
+    if not isinstance(raw, str) or not _FENCE_AGENT.fullmatch(raw):
+        raise ValueError('must be the name of a program of fence-agents, like "fence_ipmilan"')
+    return raw
+
+
+def _fence_delay(raw: Any) -> int:
+    milliseconds = units.parse_duration_ms(_quantity(raw, "5s"), what="time")
+    if milliseconds > FENCE_DELAY_MAX_MS:
+        raise ValueError('must be 60s at most: write "5s"')
+    return round(milliseconds)
+
+
+def _options(raw: Any) -> tuple[tuple[str, str], ...]:
+    """The agent's own options; `action` is mcft's."""
+    if not isinstance(raw, dict) or not all(isinstance(v, (str, int)) for v in raw.values()):
+        raise ValueError('must be a table: write options = { ip = "192.0.2.9", username = "mcft" }')
+    texts = tuple((str(k), str(v).lower() if isinstance(v, bool) else str(v)) for k, v in raw.items())
+    for name, text in texts:
+        if name == "action" or "\n" in name + text or "=" in name:
+            raise ValueError(f"{name!r} can't be given: mcft says the action, and an option is one line")
+    return texts
+
+
+def _endpoints(raw: Any) -> tuple[str, ...]:
+    urls = []
+    for item in _list(raw, '["https://192.0.2.3:2379"]'):
+        if not isinstance(item, str) or not re.fullmatch(r"https?://[^/\s]+", item.rstrip("/")):
+            raise ValueError('must be URLs without a path: write ["https://192.0.2.3:2379"]')
+        urls.append(item.rstrip("/"))
+    return tuple(urls)
 
 
 def _buffer_limit(raw: Any) -> int:

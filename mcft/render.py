@@ -100,9 +100,19 @@ def check_lines(status: api.Status) -> list[str]:
         f"{p.domain}: does not survive the loss of a host: {p.state}"
         + (f", {p.reason}" if p.reason else "")
         + (f", unsafe: {'; '.join(p.unsafe)}" if p.unsafe else "")
+        + _no_arbiter(p)
         for p in status.protections
         if not p.survives_host_loss
     ]
+
+
+def _no_arbiter(p: api.Protection) -> str:
+    """Empty, or that its arbiter could not decide a loss now: nothing else shows it until a host is lost."""
+    if not p.arbiter.reachable:
+        return f", its arbiter ({p.arbiter.kind}) can't decide: {p.arbiter.reason or 'no answer'}"
+    if p.arbiter.peer_reachable is False:
+        return f", its arbiter ({p.arbiter.kind}) can't decide for {p.peer}: see `mcft --host {p.peer} status`"
+    return ""
 
 
 def _headline(host: str, p: api.Protection) -> str:
@@ -169,8 +179,10 @@ def _arbiter(arbiter: api.ArbiterStatus) -> str:
     if arbiter.kind == "standby":
         return "arbiter standby"
     if not arbiter.reachable:
-        return f"arbiter {arbiter.kind} NOT REACHABLE"
-    return f"arbiter {arbiter.kind}"
+        return f"arbiter {arbiter.kind} CAN'T DECIDE ({arbiter.reason or 'no answer'})"
+    if arbiter.peer_reachable is False:
+        return f"arbiter {arbiter.kind} CAN'T DECIDE for the other host"
+    return f"arbiter {arbiter.kind} ({format_duration_ms(arbiter.last_ok_age_ms)} ago)"
 
 
 def _disk(disk: api.DiskStatus) -> str:

@@ -223,7 +223,7 @@ class Checker:
             body.disk_paths, body.overwrite, qemu=self.qemu,
             tls=streams.offer(config.tls, config.qemu_pki_dir, config.name), files=await diskfiles.of_domain(life),
             nvram=diskfiles.read_nvram(body.nvram) if body.nvram else None,
-            rdma_address=body.rdma.peer if body.rdma else "", rdma_required=rdma.required(life.rdma_wish()),
+            rdma_address=body.rdma.peer if body.rdma else "", rdma_required=rdma.required(life.rdma_wish()), arbiter=body.arbiter,
         )  # fmt: skip
 
     def _compare(self, life: Primary, theirs: checkpeer.Found, before_s: float, after_s: float) -> None:
@@ -294,7 +294,11 @@ class Checker:
                 "use KVM for what matters",
             )  # fmt: skip
         self._see_confinement(life, root)
-        if self.config.arbiter == "standby":
+        arbiter = life.body.arbiter
+        reached = self.site.arbiters.refuse_unfit(arbiter, self.peer)
+        answers = ", which answers" if arbiter != "standby" else ""
+        await self.findings.tried(reached, "arbiter-answers", f"the arbiter is {arbiter}{answers}")
+        if arbiter == "standby":
             self.findings.warn(
                 "arbiter", f"if {self.peer} dies, {domain} is unreachable until `mcft solo {domain}`",
                 "the arbiter is 'standby': the primary can't tell a dead standby from a cut",

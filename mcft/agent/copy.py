@@ -8,12 +8,15 @@ import os
 import shutil
 from typing import Any
 
+import msgspec
+
 from mcft import diskreplica, streams
 from mcft.agent import diskfiles, domainxml, hook, model, network, rdma
 from mcft.agent.overwriting import refuse_overwriting
 from mcft.agent.process import run
 from mcft.agent.site import Life, log
 from mcft.agent.steps import Step
+from mcft.api import ArbiterKind
 from mcft.diskreplica import Disk
 from mcft.engines import tcg
 from mcft.errors import Failed, McftError, Refused
@@ -56,7 +59,7 @@ class Copy(Life):
         await self.save()
         return model.Prepared(
             self.site.config.listen_addresses[0], self.body.mig_port, self.body.nbd_port, self.body.links[0].local_port,
-            dict(self.site.versions), self.body.tls, self.body.rdma is not None,
+            dict(self.site.versions), self.body.tls, self.body.rdma is not None, self.body.arbiter,
         )  # fmt: skip
 
     async def _intend(self) -> None:
@@ -230,4 +233,5 @@ def make_body(request: model.Prepare, config: Any, peer: str) -> model.Body:
         key=request.key, xml=request.persistent_xml, autostart=request.autostart, disk_paths=dict(request.disk_paths),
         nvram=request.nvram.path if request.nvram else "", links=links, buffer="none",
         tls=streams.settle(request.tls, config.tls, config.qemu_pki_dir, config.name),
+        arbiter=msgspec.convert(request.arbiter, ArbiterKind),
     )  # fmt: skip

@@ -18,13 +18,14 @@ from mcft.agent.peerverbs import PeerVerbs
 from mcft.agent.protection import Primary
 from mcft.agent.site import Life, Site, log, stored_ledger
 from mcft.agent.standby import Standby
-from mcft.config import rdma_device
+from mcft.config import ARBITERS, rdma_device
 from mcft.diskreplica import Disk
-from mcft.errors import Failed, McftError, NotFound, Refused, Unreachable, Usage
+from mcft.errors import Failed, McftError, NotFound, Refused, TimedOut, Unreachable, Usage
 from mcft.generations import Kind, Ledger
 from mcft.libvirt_bridge import DomainInfo
 from mcft.units import DELAY_MAX_MS, DELAY_MIN_MS
 
+TAKEN_WITHIN_S = 30.0
 OWNER_STATES = ("solo", "active", "stopped", "unprotected")
 
 
@@ -162,7 +163,13 @@ class Core:
             life.body, life.ledger, gate, self.jobs.running(life.body.domain), self.events.last(life.body.domain),
             self.site.versions, running if life.body.role == "primary" else False,
             self.site.config.name, self.site.maintenance, self._hello_of(life.body.peer).maintenance,
+            life.arbiter.status(self._peers_arbiter(life)),
         )  # fmt: skip
+
+    def _peers_arbiter(self, life: Life) -> bool | None:
+        """Whether the other host says that the arbiter could decide there; None where it says nothing."""
+        said = self._hello_of(life.body.peer).arbiters.get(life.body.pid)
+        return None if said is None else not said
 
     def _hello_of(self, peer: str) -> model.Hello:
         """What the peer last said of itself; nothing where it is silent or not configured any more."""
@@ -227,6 +234,12 @@ class Core:
                 "other-settings", f"{body.domain} is protected to {body.peer} with other settings",
                 f"delay {body.delay_ms} ms, buffer {body.buffer_asked}", f"mcft set {body.domain} --delay {request.delay_ms}ms",
             )  # fmt: skip
+        if request.arbiter not in (None, body.arbiter):
+            raise Refused(
+                "other-settings", f"{body.domain} is protected to {body.peer} with arbiter {body.arbiter}",
+                "the arbiter is changed only with a generation",
+                f"mcft unprotect {body.domain}, then: mcft protect {body.domain} --to {body.peer} --arbiter {request.arbiter}",
+            )  # fmt: skip
         if body.state == "protected":
             return "already"
         raise Refused("busy", f"{body.domain} is {body.state}", body.reason, f"mcft wait {body.domain} --for protected")
@@ -256,6 +269,7 @@ class Core:
         await life.choose_rdma()
         body.disks = await self.disks_of(life)
         await self.site.hook.prove(config.name, domainxml.machine(body.xml))
+        await self.site.arbiters.refuse_unfit(body.arbiter, peer)
         life.on_gone = self.gone
         if previous is not None:
             body.previous = model.encode(previous.body).decode()
@@ -373,9 +387,17 @@ class Core:
         if status["disk_error"]:
             raise Refused("not-whole", f"the copy of {life.body.domain} here is not whole", status["disk_error"])
         await life.gate.ask("claim")
-        life.begin_take("the operator asked")
+        if request.force:
+            await life.override("the operator's word in the arbiter's place")
+        else:
+            life.begin_take("the operator asked")
         assert life.deciding is not None
-        await asyncio.shield(life.deciding)
+        done, _ = await asyncio.wait({life.deciding}, timeout=TAKEN_WITHIN_S)
+        if not done:
+            raise TimedOut(
+                "arbiter-silent", f"taking {life.body.domain} over goes on", life.body.reason,
+                f"if {life.body.peer} is certainly off: mcft failover {life.body.domain} --force --peer-is-off",
+            )  # fmt: skip
         if not life.ledger.spoken:
             raise Failed("take-over", f"{life.body.domain} could not be taken over", life.body.reason, "mcft events")
         return f"{life.body.domain} runs here"
@@ -402,7 +424,7 @@ class Core:
         return model.encode(
             model.Hello(
                 self.site.config.name, versions.get("mcft", ""), versions.get("qemu", ""), versions.get("libvirt", ""), boot_id(),
-                self.site.maintenance,
+                self.site.maintenance, {lf.body.pid: lf.arbiter.health() for lf in self.lives.values() if lf.arbiter.watch},
             )
         )  # fmt: skip
 
@@ -426,6 +448,10 @@ class Core:
         other = await self.site.host.find(request.domain)
         if other is not None and other.uuid != request.uuid:
             raise Refused("name-taken", f"{name} has another domain named {request.domain}", f"its uuid is {other.uuid}")
+        if request.arbiter not in ARBITERS:
+            why = "the other mcft is newer"
+            raise Refused("no-arbiter", f"{name} knows no arbiter {request.arbiter}", why, "bring both hosts to one mcft")
+        await self.site.arbiters.refuse_unfit(request.arbiter, peer)
 
     # ---- libvirt's events, and protecting again ----
 

@@ -10,11 +10,14 @@ import asyncio
 import os
 from typing import Any
 
+import msgspec
+
 from mcft import diskreplica, generations
 from mcft.agent import model
 from mcft.agent.model import peer_ledger
 from mcft.agent.setup import STANDBYS_SIDE, OnStep, Setup
 from mcft.agent.site import boottime_ms, log
+from mcft.arbiter.base import Standing
 from mcft.errors import Failed, McftError, TimedOut
 from mcft.failover import BUFFER_BROKEN
 from mcft.generations import Kind
@@ -44,6 +47,9 @@ class Deciding(Setup):
         except BaseException as error:
             await self._arming_failed(error)
             raise
+        if self.body.previous:
+            older = msgspec.json.decode(self.body.previous, type=model.Body)
+            self.site.spawn(self.arbiter.delete_key(older.arbiter_key), f"delete the old key of {self.body.domain}")
         self.body.failures, self.body.manual, self.body.previous = 0, "", ""
         self.to_state("protected")
         await self.save()
@@ -52,12 +58,20 @@ class Deciding(Setup):
         """arming(g) → ARM → armed(g) → protected(g). From the first record on, opening needs given-up or a win."""
         await self.record(Kind.ARMING)
         await self.gate.insist("update", record="arming")
-        answer = await self.site.ask(self.body.peer, "arm", self.about(), model.Answer, 10.0)
+        await self.arbiter.arm()
+        answer = await self.site.ask(self.body.peer, "arm", self._arm_words(), model.Answer, 10.0)
         if answer.kind != Kind.ARMED.value:
             said = answer.detail or f"it said {answer.kind or 'nothing'}"
             raise Failed("not-armed", f"{self.body.peer} did not arm", said)
         await self.record(Kind.PROTECTED)
         await self.gate.insist("update", record="protected")
+        self.arbiter.start_watch()
+
+    def _arm_words(self) -> model.Arm:
+        about, body = self.about(), self.body
+        return model.Arm(
+            about.uuid, about.pid, about.g, about.domain, qemu_runs=about.qemu_runs, key=body.arbiter_key, seen=body.arbiter_seen
+        )
 
     async def _arming_failed(self, error: BaseException) -> None:
         """Undo freely if nothing was recorded; otherwise the standby has to give up first."""
@@ -179,34 +193,98 @@ class Deciding(Setup):
             self._stopped.clear()
 
     async def _resolve(self, reason: str) -> None:
-        """Pull the standby's word until it is given-up (solo) or taken (lost). Anything else: muted.
+        """Pull the standby's word until it is given-up (solo) or taken (lost); where it is silent, claim by the arbiter
+        meanwhile. Neither: muted.
 
         A primary whose QEMU is gone says so: then the standby takes over instead of giving up.
         """
-        while True:
-            known, said = None, ""
-            try:
-                known = await self.site.ask(self.body.peer, "give-up", self.about(reason), model.Records, 2.0)
-                said = f"{self.body.peer} says {known.state or 'nothing'}"
-            except McftError as error:
-                said = str(error)
-            verdict = generations.verdict_on_peer_records(self.ledger, peer_ledger(known) if known else None)
-            if verdict == "solo" and known is not None:
+        claiming: asyncio.Task[Standing | None] | None = None
+        try:
+            while True:
+                if claiming is None and (self.arbiter.pending or await self._should_claim()):
+                    claiming = asyncio.create_task(self._claim(reason), name=f"claim {self.body.domain}")
+                pull = asyncio.create_task(self._pull(reason))
+                await asyncio.wait({pull, claiming} if claiming else {pull}, return_when=asyncio.FIRST_COMPLETED)
+                if claiming is not None and claiming.done():
+                    pull.cancel()
+                    standing, claiming = claiming.result(), None
+                    if standing is Standing.WON:
+                        await self.go_solo(f"{reason}; the arbiter ({self.body.arbiter}) decided for {self.site.config.name}")
+                        return
+                    if standing is Standing.LOST:
+                        await self._lose(None)
+                        return
+                    continue
+                if await self._obey_peer(reason, *pull.result()):
+                    return
+                if claiming is None:
+                    await asyncio.sleep(PULL_EVERY_S)
+                else:
+                    await asyncio.wait({claiming}, timeout=PULL_EVERY_S)
+        finally:
+            if claiming is not None:
+                claiming.cancel()
+
+    async def _pull(self, reason: str) -> tuple[model.Records | None, str]:
+        try:
+            known = await self.site.ask(self.body.peer, "give-up", self.about(reason), model.Records, 2.0)
+            return known, f"{self.body.peer} says {known.state or 'nothing'}"
+        except McftError as error:
+            return None, str(error)
+
+    async def _obey_peer(self, reason: str, known: model.Records | None, said: str) -> bool:
+        """What the standby's word means: True once it decided. A claim that may have been sent comes first: what it
+        decides is not known yet."""
+        theirs = peer_ledger(known) if known else None
+        verdict = generations.verdict_on_peer_records(self.ledger, theirs)
+        if verdict == "solo" and known is not None and theirs is not None:
+            if theirs.has(Kind.TAKEN) or await self.arbiter.withdraw():
                 self._note_disk_error(reason, known)
                 await self.go_solo(reason)
-                return
-            if verdict == "lost":
-                await self._lose(known)
-                return
-            if self.body.state != "muted":
-                self.to_state("muted", f"{reason}; {said}")
-                await self.save()
-            await asyncio.sleep(PULL_EVERY_S)
+                return True
+            said = f"{said}, but a claim is not resolved yet"
+        if verdict == "lost":
+            await self._lose(known)
+            return True
+        if self.body.state != "muted":
+            self.to_state("muted", f"{reason}; {said}")
+            await self.save()
+        return False
+
+    async def _should_claim(self) -> bool:
+        """The standby is silent on every link for T, and this side has a guest that could go on (`protocol.md`)."""
+        if self.arbiter.may_claim() or self.ledger.newest not in (Kind.ARMING, Kind.PROTECTED) or not self.qemu_alive():
+            return False
+        try:
+            links = (await self.gate.ask("status", 1.0))["links"]
+        except Failed:
+            return False  # nobody knows whether it is silent
+        return all(link["age_ms"] is None or link["age_ms"] > self.site.config.loss_ms for link in links)
+
+    async def _claim(self, reason: str) -> Standing | None:
+        """The gate is closed, for good in this generation, before anything is sent."""
+        if self.qemu_alive():
+            await self.gate.insist("close", reason="a claim is made")
+
+        def waits(why: str) -> None:
+            self.to_state("muted", f"{reason}; {why}")
+
+        standing = await self.arbiter.claim(on_wait=waits)
+        if standing is Standing.UNKNOWN:
+            why = f"the arbiter ({self.body.arbiter}) can't tell who goes on: {self.body.arbiter_trouble}"
+            self.to_state("muted", f"{reason}; {why}")
+            await self.save()
+            if self.arbiter.pending:
+                # What was sent may still win: neither a giving up nor anything else is accepted. The operator decides.
+                await asyncio.Event().wait()
+        return standing
 
     # ---- won ----
 
     async def go_solo(self, reason: str, override: str = "") -> None:
         """solo(g) on disk → QEMU lets go of its standby → spoken on disk → the buffer opens → everything undone."""
+        if not override:
+            self.arbiter.forget_resolved()
         if self.ledger.newest is Kind.LOST:
             await self.record(Kind.TAKEN, self.body.g + 1, reason)
         else:
@@ -299,6 +377,7 @@ class Deciding(Setup):
 
     async def _lose(self, known: model.Records | None) -> None:
         """taken(g) stands on the other side. The guest here stays muted until that one has spoken; then it ends."""
+        self.arbiter.forget_resolved()
         await self.record(Kind.LOST)
         self.to_state("lost", f"{self.body.peer} took over")
         while known is None or not peer_ledger(known).spoken:

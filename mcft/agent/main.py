@@ -111,5 +111,6 @@ async def _stop(site: Site, core: Core, server: Server) -> None:
     await site.stop_tasks()
     for peer in site.peers.values():
         await peer.close()
+    await site.arbiters.close()
     await site.events.close()
     await site.store.close()

@@ -6,7 +6,9 @@ from typing import Any
 
 import msgspec
 
-from mcft.api import BufferChoice, EngineChoice, Role, State
+from mcft.api import ArbiterKind, BufferChoice, EngineChoice, Role, State
+from mcft.arbiter.base import Intent
+from mcft.arbiter.etcd import Key, Seen
 from mcft.config import StreamTls
 from mcft.diskreplica import Disk
 from mcft.gate.state import LinkSpec, RdmaSpec
@@ -69,6 +71,12 @@ class Body(msgspec.Struct):
     nvram: str = ""  # file of the firmware's variables on this host
     rdma: RdmaSpec | None = None  # the RDMA keepalive, where both sides have one
     rdma_asked: str = ""  # --rdma-device; empty: as the configuration says
+    arbiter: ArbiterKind = "standby"  # of this instance; changed only with a new one
+    arbiter_asked: ArbiterKind | None = None
+    arbiter_key: Key = Key()  # `etcd`: as it was when armed
+    arbiter_seen: Seen = Seen()
+    arbiter_trouble: str = ""  # why it can't decide any more, until an operator arms anew
+    claim: Intent | None = None  # begun, perhaps sent, not resolved
 
 
 class Hello(msgspec.Struct, frozen=True):
@@ -80,6 +88,7 @@ class Hello(msgspec.Struct, frozen=True):
     libvirt: str = ""
     boot_id: str = ""
     maintenance: bool = False
+    arbiters: dict[str, str] = {}  # instance → why its arbiter can't decide, as seen from there; "": it can
 
 
 class About(msgspec.Struct, frozen=True):
@@ -91,6 +100,13 @@ class About(msgspec.Struct, frozen=True):
     domain: str = ""
     detail: str = ""
     qemu_runs: bool = True
+
+
+class Arm(About, frozen=True):
+    """ARM. key, seen: of the arbiter `etcd`, as the primary has just read it back."""
+
+    key: Key = Key()
+    seen: Seen = Seen()
 
 
 class Records(msgspec.Struct, frozen=True):
@@ -160,6 +176,7 @@ class Prepare(msgspec.Struct, frozen=True):
     nvram: Nvram | None = None
     rdma_address: str = ""  # the standby's, on the link where the primary has an RDMA device; empty: none is wanted
     rdma_required: bool = False
+    arbiter: str = "standby"
 
 
 class Prepared(msgspec.Struct, frozen=True):
@@ -172,6 +189,7 @@ class Prepared(msgspec.Struct, frozen=True):
     versions: dict[str, str] = {}
     tls: bool = False
     rdma: bool = False
+    arbiter: str = "standby"  # that it goes by; an older mcft knows no other
 
 
 class RdmaOffer(msgspec.Struct, frozen=True):

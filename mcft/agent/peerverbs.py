@@ -145,7 +145,7 @@ class PeerVerbs:
 
     async def _arm(self, peer: str, body: bytes) -> msgspec.Struct:
         _, life = self._instance(peer, body)
-        return await life.arm()
+        return await life.arm(msgspec.json.decode(body, type=model.Arm))
 
     async def _give_up(self, peer: str, body: bytes) -> msgspec.Struct:
         about = msgspec.json.decode(body, type=model.About)

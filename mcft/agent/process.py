@@ -31,3 +31,21 @@ async def run(*argv: str, timeout_s: float = 30.0) -> str:
     if process.returncode:
         raise Failed("command", f"{' '.join(argv)} failed: {err.decode(errors='replace').strip() or process.returncode}")
     return out.decode(errors="replace")
+
+
+async def finished(*argv: str, stdin: str, timeout_s: float) -> tuple[int, str, str]:
+    """Exit code, standard output and error of a command that gets `stdin`. Killed where it takes too long, or is not waited for.
+
+    Raises: TimeoutError, OSError.
+    """
+    process = await asyncio.create_subprocess_exec(
+        *argv, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    try:
+        out, err = await asyncio.wait_for(process.communicate(stdin.encode()), timeout_s)
+    except BaseException:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+        raise
+    return process.returncode or 0, out.decode(errors="replace"), err.decode(errors="replace")

@@ -45,6 +45,7 @@ class Primary(Deciding):
         await self._unban()
         await self.site.store.delete(self.body.uuid)
         self.forget_labels()
+        self.site.spawn(self.arbiter.delete_key(self.body.arbiter_key), f"delete the key of {self.body.domain}")
         self.event("unprotect", f"{self.body.domain} is not protected any more")
         if self.on_gone is not None:
             self.on_gone(self)
@@ -112,6 +113,7 @@ class Primary(Deciding):
             with contextlib.suppress(Failed):
                 await self.gate.ask("yank", 2.0)
         await self._decided()
+        self.tell_arbiter()
 
     async def switch(self, on_step: OnStep) -> str:
         """A planned switch: last checkpoint, stop, resigned(g), TAKE; what is lost is as if the network had dropped it."""
@@ -176,6 +178,8 @@ class Primary(Deciding):
     async def adopt(self) -> None:
         """Go on from the records. A set-up that was cut off before arming is undone; what is armed is watched again."""
         newest = self.ledger.newest
+        if self.ledger.won and self.arbiter.pending:
+            self.tell_arbiter()
         if not self.ledger.won and newest in (None, Kind.PREPARING):
             await self._undo_cut_off()
         elif newest in UNDECIDED and not self.ledger.won:
@@ -206,8 +210,9 @@ class Primary(Deciding):
             return
         await self.gate.adopt()
         await self.gate.insist("update", record="protected")
+        self.arbiter.start_watch()
         status = await self.gate.insist("status")
-        if status["closed"] or status["verdict"]:
+        if status["closed"] or status["verdict"] or self.arbiter.pending:
             reason = (status["verdict"] or {}).get("reason", "the gate is closed")
             self.decide(lambda: self._resolve(reason), "resolve")
         elif self.body.state in ("preparing", "syncing", "resyncing"):

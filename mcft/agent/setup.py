@@ -86,9 +86,12 @@ class Setup(Life):
             [port] * len(pairs), body.disk_paths, body.overwrite, body.g - 1, self.site.versions.get("qemu", ""), body.buffer,
             streams.offer(config.tls, config.qemu_pki_dir, config.name), await diskfiles.of_domain(self),
             diskfiles.read_nvram(body.nvram) if body.nvram else None,
-            body.rdma.peer if body.rdma else "", rdma.required(self.rdma_wish()),
+            body.rdma.peer if body.rdma else "", rdma.required(self.rdma_wish()), body.arbiter,
         )  # fmt: skip
         prepared = await self.site.ask(body.peer, "prepare", request, model.Prepared, 90.0)
+        if prepared.arbiter != body.arbiter:
+            why = f"its mcft goes by arbiter {prepared.arbiter}; two rules at once would be unsafe"
+            raise Refused("old-peer", f"{body.peer} can't be decided for by {body.arbiter}", why, "bring both hosts to one mcft")
         body.links = [LinkSpec(local, port, remote, prepared.keepalive_port) for local, remote in pairs]
         body.mig_port, body.nbd_port = prepared.mig_port, prepared.nbd_port
         body.peer_versions, body.tls = prepared.versions, prepared.tls
@@ -280,5 +283,6 @@ async def make_body(site: Any, request: Any, g: int) -> model.Body:
         xml=await site.host.xml(info.uuid, inactive=info.persistent), persistent=info.persistent, autostart=info.autostart,
         disk_paths=dict(request.disks), overwrite=list(request.overwrite), qemu_pid=info.qemu_pid, qemu_start=start,
         boot_id=hook.boot_id(), nics=domainxml.nics(live, domainxml.uses_vhost(info.qemu_pid)),
-        nvram=domainxml.nvram(live), rdma_asked=request.rdma_device,
+        nvram=domainxml.nvram(live), rdma_asked=request.rdma_device, arbiter=request.arbiter or site.config.arbiter,
+        arbiter_asked=request.arbiter,
     )  # fmt: skip

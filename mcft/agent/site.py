@@ -15,6 +15,7 @@ import msgspec
 
 from mcft import __version__, diskreplica, generations, streams
 from mcft.agent import diskfiles, hook, model, network, overlays
+from mcft.agent.arbitration import Arbiters, Arbitration
 from mcft.agent.events import EventLog
 from mcft.agent.events import utc_now as utc_now
 from mcft.agent.gates import GateLink
@@ -23,6 +24,7 @@ from mcft.agent.peers import PeerLink
 from mcft.agent.ports import Ports
 from mcft.agent.steps import Runner
 from mcft.agent.store import Store
+from mcft.arbiter.base import Standing
 from mcft.config import Config
 from mcft.engines.colo import Colo
 from mcft.errors import Failed, NotFound, Refused
@@ -50,6 +52,7 @@ class Site:
     markers: hook.Markers
     hook: hook.HookProof
     ports: Ports
+    arbiters: Arbiters = field(init=False)
     peers: dict[str, PeerLink] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=lambda: {"mcft": __version__})
     runner: Runner = field(default_factory=Runner)
@@ -58,6 +61,9 @@ class Site:
     committing: dict[str, asyncio.Lock] = field(default_factory=dict)  # uuid → its overlays are being committed offline
     routes_changed: set[str] = field(default_factory=set)  # those that had no `quickack` before mcft set it
     _tasks: set[asyncio.Task[Any]] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.arbiters = Arbiters(self.config)
 
     def peer(self, name: str) -> PeerLink:
         """Raises: NotFound ("no-such-peer"), Refused ("peer-is-self")."""
@@ -108,6 +114,7 @@ class Life:
         self.qmp = Qmp(site.host, body.uuid)
         self.gate = GateLink(str(site.config.run_dir), body.uuid, self.on_note)
         self.engine = Colo()
+        self.arbiter = Arbitration(self)
         self.gate_status: dict[str, Any] = {}
         self.peer_known: model.Records | None = None
         self._recording = asyncio.Lock()
@@ -319,6 +326,19 @@ class Life:
         self.site.markers.free(self.body.uuid)
         await self.save()
         self.event("disk", "the overlays of the take-over were committed offline; the disk alone is the truth now")
+
+    def tell_arbiter(self) -> None:
+        """An operator's override is recorded as a claim: the arbiter hears of it as soon as it answers."""
+        if self.body.arbiter == "etcd" and (self.arbiter.pending or not self.arbiter.may_claim()):
+            self.site.spawn(self._tell_arbiter(), f"tell the arbiter of {self.body.domain}")
+
+    async def _tell_arbiter(self) -> None:
+        standing = await self.arbiter.claim()
+        self.arbiter.forget_resolved()
+        await self.save()
+        if standing is Standing.LOST:
+            why = "by your word it goes on here, and by the arbiter's there: two histories. Nothing is synchronised by itself"
+            self.event("alarm", f"{self.body.domain}: the arbiter had decided for {self.body.peer}: {why}", "alarm")
 
     async def refresh(self) -> None:
         """Ask the gate how it is; what it does not answer stays empty."""

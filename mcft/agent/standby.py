@@ -5,13 +5,16 @@ A take-over is a decision: carried through, whatever fails in between, and gone 
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from mcft import diskreplica, generations
 from mcft.agent import domainxml, model
 from mcft.agent.copy import Copy
 from mcft.agent.copy import make_body as make_body
+from mcft.agent.model import peer_ledger
 from mcft.agent.site import log
+from mcft.arbiter.base import Standing
 from mcft.errors import Failed, McftError, Refused
 from mcft.failover import OWN_DISK
 from mcft.generations import Kind
@@ -24,7 +27,11 @@ class Standby(Copy):
 
     # ---- answers to the primary ----
 
-    async def arm(self) -> model.Answer:
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._broken = ""  # why this copy is not whole, seen while a claim of its own is under way
+
+    async def arm(self, words: model.Arm) -> model.Answer:
         """armed(g), durable; or why not."""
         if refusal := generations.may_arm(self.ledger):
             return self._stands(refusal)
@@ -33,6 +40,8 @@ class Standby(Copy):
         status = await self.gate.ask("status", 2.0)
         if status["stream_dead"] or status["disk_error"]:
             return self._stands(status["stream_dead"] or status["disk_error"])
+        if self.ledger.newest is Kind.PREPARING and (refusal := await self.arbiter.follow(words.key, words.seen)):
+            return self._stands(refusal)
         try:
             await self.record(Kind.ARMED)
         except generations.IllegalRecord as error:
@@ -40,6 +49,7 @@ class Standby(Copy):
         if self.ledger.newest is not Kind.ARMED:
             return self._stands("another record came first")
         await self.gate.insist("update", record="armed")
+        self.arbiter.start_watch()
         self.to_state("protected")
         await self.save()
         return self._stands()
@@ -56,10 +66,12 @@ class Standby(Copy):
         await self._note_primarys_disk(about.detail)
         if self.ledger.newest in (Kind.TAKEN, Kind.GIVEN_UP, Kind.LOST, Kind.ENDED):
             return
-        claiming = self.deciding is not None and not self.deciding.done()
         if not about.qemu_runs and self.ledger.newest is Kind.ARMED and self.qemu_alive():
             self.begin_take("the primary's agent says that its QEMU is gone", peer_closed=True)
             return
+        # A claim that nobody can have heard is given back; one that may have been sent has to be resolved first.
+        claiming = self.arbiter.pending and not await self.arbiter.withdraw()
+        claiming = claiming or (self.body.arbiter == "standby" and self.deciding is not None and not self.deciding.done())
         if refusal := generations.may_give_up(
             self.ledger, own_qemu_gone=not self.qemu_alive(), stream_dead=True, claim_under_way=claiming
         ):
@@ -88,6 +100,8 @@ class Standby(Copy):
     async def ended(self, why: str) -> model.Answer:
         """The primary's guest was ended on purpose: no take-over, the copy goes. What was taken stays taken."""
         claiming = self.deciding is not None and not self.deciding.done()
+        if self.arbiter.pending and self.ledger.newest is Kind.ARMED:
+            return model.Answer("claiming", self.ledger.g, "a claim is not resolved yet")
         if self.ledger.newest is Kind.TAKEN or claiming:
             return model.Answer(Kind.TAKEN.value, self.ledger.g, "taken over here")
         if self.ledger.newest not in (Kind.GIVEN_UP, Kind.LOST, Kind.ENDED):
@@ -126,12 +140,14 @@ class Standby(Copy):
         if kind == "connected":
             verdict = fields.get("verdict")
             if fields.get("disk_error"):
+                self._broken = fields["disk_error"]
                 self.site.spawn(self._not_whole(fields["disk_error"]), f"{self.body.domain} is not whole")
             elif verdict and verdict["act"] == "claim" and not fields.get("took"):
                 self.begin_take(verdict["reason"])
         elif kind == "verdict" and fields["act"] == "claim":
             self.begin_take(fields["reason"])
         elif kind == "not-whole":
+            self._broken = fields["reason"]
             self.site.spawn(self._not_whole(fields["reason"]), f"{self.body.domain} is not whole")
         elif kind == "alarm":
             if self.ledger.newest in (Kind.GIVEN_UP, Kind.LOST, Kind.ENDED):
@@ -145,8 +161,9 @@ class Standby(Copy):
             self.event("stream", f"the checkpoint stream ended ({fields['data'].get('reason')})", "warning")
 
     async def _not_whole(self, reason: str) -> None:
-        """A disk error of this copy, however small: sticky and durable, it never takes over."""
-        if self.ledger.newest in (Kind.PREPARING, Kind.ARMED):
+        """A disk error of this copy, however small: sticky and durable, it never takes over. While a claim of its own is
+        under way the record waits: what that wins is given back at once."""
+        if not self.arbiter.pending and self.ledger.newest in (Kind.PREPARING, Kind.ARMED):
             await self.record(Kind.NOT_WHOLE, detail=reason)
             await self.gate.insist("update", record="not-whole")
             self.to_state("failed", f"this copy is not whole: {reason}")
@@ -156,7 +173,64 @@ class Standby(Copy):
         """Begin to take over; where that is under way already, it is that."""
         self.carry_through(lambda: self._take(reason, peer_closed), f"take {self.body.domain} over")
 
-    async def _take(self, reason: str, peer_closed: bool) -> None:
+    async def override(self, why: str) -> None:
+        """The operator's word in the arbiter's place."""
+        await self.stop_deciding()
+        self.carry_through(lambda: self._take(why, peer_closed=False, override=True), f"take {self.body.domain} over")
+        assert self.deciding is not None
+        await asyncio.shield(self.deciding)
+        self.tell_arbiter()
+
+    async def _win(self, reason: str, peer_closed: bool) -> bool:
+        """By the arbiter. False: not won; what follows from that is done. `standby`: this side's own record is the win."""
+        if self.body.arbiter == "standby":
+            return True
+        if why := self.arbiter.may_claim():
+            self.event("alarm", f"{self.body.domain} can't be taken over here: {why}", "alarm")
+            self.to_state("protected", f"{reason}; but the arbiter can't decide: {why}")
+            return False
+        let_go = "the primary has let go of it" if peer_closed else ""
+        if self.qemu_alive():
+            await self.gate.insist("claim")
+            peer = (await self.gate.insist("status"))["peer"]
+            if peer["qemu"] == "gone" and peer["closed"]:
+                let_go = "the primary's QEMU is gone and its gate is closed"
+
+        def waits(why: str) -> None:
+            self.to_state("taking-over", f"{reason}; {why}")
+
+        standing = await self.arbiter.claim(let_go=let_go, on_wait=waits)
+        if standing is Standing.WON:
+            return True
+        if standing is Standing.LOST:
+            await self._lost(reason)
+        elif standing is Standing.UNKNOWN:
+            why = f"the arbiter ({self.body.arbiter}) can't tell who goes on: {self.body.arbiter_trouble}"
+            self.event("alarm", f"{self.body.domain} can't be taken over here: {why}", "alarm")
+            self.to_state("taking-over", f"{reason}; {why}")
+            await self.save()
+        return False
+
+    async def _lost(self, reason: str) -> None:
+        """The arbiter decided for the primary. This copy stays paused until that one has spoken; then it goes."""
+        self.arbiter.forget_resolved()
+        await self.record(Kind.LOST, detail=reason)
+        self.to_state("lost", f"{self.body.peer} goes on without this copy: the arbiter ({self.body.arbiter}) decided so")
+        await self.save()
+        while self.qemu_alive():
+            try:
+                known = await self.site.ask(self.body.peer, "state", self._about(), model.Records, 2.0)
+                if known.pid != self.body.pid or peer_ledger(known).spoken:
+                    break
+            except McftError as error:
+                log.info("waiting until %s has spoken: %s", self.body.peer, error)
+            await asyncio.sleep(0.2)
+        await self._clean_up()
+
+    def _about(self) -> model.About:
+        return model.About(self.body.uuid, self.body.pid, self.body.g, self.body.domain)
+
+    async def _take(self, reason: str, peer_closed: bool, override: bool = False) -> None:
         """taken(g) → resume → spoken(g+1) → NICs open → persistent. Each record is on disk before its act."""
         if refusal := generations.may_take(self.ledger):
             self.event("alarm", f"{self.body.domain} can't be taken over here: {refusal}", "alarm")
@@ -164,13 +238,23 @@ class Standby(Copy):
         if self.ledger.spoken:
             return
         if self.ledger.newest is Kind.ARMED:
+            if not override and not await self._win(reason, peer_closed):
+                return
+            peer_closed = peer_closed or self.body.arbiter == "fence"  # it is off, or has let go
             self.body.overlays_g = self.body.g
+            self.arbiter.forget_resolved()
             try:
                 await self.record(Kind.TAKEN, detail=reason)
             except generations.IllegalRecord as error:
                 self.body.overlays_g = 0
                 self.event("alarm", f"{self.body.domain} can't be taken over here: {error}", "alarm")
                 return
+        if self._broken and self.body.arbiter != "standby":
+            await self._give_back(f"this copy is not whole: {self._broken}")
+            return
+        if not self.qemu_alive():
+            await self._give_back("its QEMU is gone")
+            return
         await self.gate.insist("update", record="taken")
         self.to_state("taking-over", reason)
         try:
@@ -232,6 +316,11 @@ class Standby(Copy):
 
     async def go_on(self) -> None:
         """The next step by the newest record alone."""
+        if self.ledger.newest is Kind.ARMED and self.arbiter.pending:
+            await self._take(self.body.reason or "going on after the agent's restart", False)
+            return
+        if self.ledger.newest is Kind.LOST:
+            await self._lost(self.body.reason)
         if self.ledger.newest is not Kind.TAKEN or self.ledger.resigned_win:
             return
         if not self.ledger.spoken and self.qemu_alive():
@@ -257,10 +346,13 @@ class Standby(Copy):
             await self.site.runner.undo_all(self.steps(), self)
         elif newest is Kind.TAKEN and not self.ledger.resigned_win:
             self.carry_through(self.go_on, f"go on with {self.body.domain}")
+        elif newest is Kind.ARMED and self.arbiter.pending:
+            self.carry_through(self.go_on, f"go on with the claim of {self.body.domain}")
         elif newest in (Kind.PREPARING, Kind.ARMED) and self.qemu_alive():
             await self.gate.adopt()
             if newest is Kind.ARMED:
                 await self.gate.insist("update", record="armed")
+                self.arbiter.start_watch()
                 self.to_state("protected")
                 await self.save()
         else:

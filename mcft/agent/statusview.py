@@ -34,6 +34,7 @@ def next_step(body: Body, host: str, running: bool = True, in_maintenance: str =
 def protection(
     body: Body, ledger: Ledger, gate: dict[str, Any], job: api.JobBody | None, last: api.EventBody | None,
     versions: dict[str, str], guest_running: bool, host: str, maintenance: bool = False, peer_maintenance: bool = False,
+    arbiter: api.ArbiterStatus = api.ArbiterStatus(),  # noqa: B008
 ) -> api.Protection:  # fmt: skip
     """gate: the gate's `status`, or {} if there is none or it does not answer."""
     primary = body.role == "primary"
@@ -42,6 +43,8 @@ def protection(
     whole = body.state == "protected" and agreed and not gate.get("disk_error") and gate.get("verdict") is None
     following = whole and bool(gate) and (gate.get("lease") if primary else gate.get("loads", 0) > 0)
     unsafe = ["output leaves unbuffered (--netbuffer none)"] if primary and body.buffer_asked == "none" else []
+    # Both sides need it: the primary when the standby is lost, the standby when the primary is.
+    decides = arbiter.reachable and arbiter.peer_reachable is not False
     in_maintenance = host if maintenance else body.peer if peer_maintenance else ""
     reason = body.reason or None
     if body.state == "protected" and not gate:
@@ -50,8 +53,9 @@ def protection(
         domain=body.domain, uuid=body.uuid, instance=body.pid, role=body.role, peer=body.peer, engine=body.engine,
         state=body.state, reason=reason, next_step=next_step(body, host, guest_running, in_maintenance),
         guest_running=guest_running, output_flowing=primary and guest_running and _flows(body, gate, agreed=agreed),
-        survives_host_loss=bool(following) and not unsafe, unsafe=unsafe, generation=g, tls=body.tls, delay_ms=body.delay_ms,
-        since=body.since, checkpoints=_checkpoints(gate), network=_network(body, gate), disks=_disks(body, gate),
+        survives_host_loss=bool(following) and not unsafe and decides, unsafe=unsafe, generation=g, arbiter=arbiter,
+        tls=body.tls, delay_ms=body.delay_ms, since=body.since,
+        checkpoints=_checkpoints(gate), network=_network(body, gate), disks=_disks(body, gate),
         keepalive=[_link(row) for row in gate.get("links", [])],
         versions=_versions(versions, body),
         job=job, last_event=last,

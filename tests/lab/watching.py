@@ -16,12 +16,12 @@ from world import LAB, SLOW, guest_answers, now, until
 
 
 class Client:
-    """One of the three programs, running on cl until it is closed."""
+    """One of the programs, running on cl (or `where`) until it is closed."""
 
-    def __init__(self, program: str) -> None:
+    def __init__(self, program: str, where: str = "cl") -> None:
         self.program = program
         self._process = subprocess.Popen(
-            [LAB, "run", "cl", "--", "python3", "-SE", f"/opt/mcft/tests/lab/{program}.py"],
+            [LAB, "run", where, "--", "python3", "-SE", f"/opt/mcft/tests/lab/{program}.py"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
 

@@ -264,6 +264,18 @@ def link(name: str, to: str) -> float:
     return at_s
 
 
+def apart() -> None:
+    """The hosts don't reach each other any more, but either reaches the third party: h1 over `rep`, h2 over the LAN."""
+    link("lan:h1", "down")
+    link("rep:h2", "down")
+
+
+def together() -> None:
+    """The end of `apart`."""
+    link("rep:h2", "up")
+    link("lan:h1", "up")
+
+
 def protect(primary: Host, *more: str, timeout: float = 40.0) -> None:
     """Protect vm1 from where it runs. Where the agent does so by itself already, wait for that instead."""
     done = primary.mcft("protect", "vm1", "--to", other(primary).name, *more, check=False, timeout=timeout)
@@ -306,10 +318,7 @@ def restore(*, thorough: bool) -> None:
 
     thorough: something failed before, so nothing of mcft's or of the guest's state is trusted or asked: it all goes.
     """
-    for path in list((STATE / "links").glob("*")):
-        lab("link", path.name, "up")
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(_host_on, HOSTS))
+    hosts_on()
     if thorough or not _unprotected():
         wipe()
         _fresh_guest()
@@ -317,6 +326,14 @@ def restore(*, thorough: bool) -> None:
     if H1.qemu_pid() is None or H2.qemu_pid() is not None or not _as_new():
         _fresh_guest()
     _no_old_copies()
+
+
+def hosts_on() -> None:
+    """Links up, both hosts on, their agents answer."""
+    for path in list((STATE / "links").glob("*")):
+        lab("link", path.name, "up")
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(_host_on, HOSTS))
 
 
 def _host_on(host: Host) -> None:

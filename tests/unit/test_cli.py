@@ -81,7 +81,7 @@ def test_protect_waits_shows_steps_and_says_what_the_arbiter_means(agent: FakeAg
     agent.say("GET /v1/jobs/j1", job(step="copy", progress=0.5), job("done", result="vm1 is protected"))
     code, out, err = run(
         "protect", "vm1", "--to", "host2", "--delay", "50ms", "--engine", "colo", "--netbuffer", "plug",
-        "--disk", "vda=/a", "--disk", "vdb=/b=c", "--overwrite", "/a", "--rdma-device", "mlx5_0",
+        "--disk", "vda=/a", "--disk", "vdb=/b=c", "--overwrite", "/a", "--rdma-device", "mlx5_0", "--arbiter", "etcd",
     )  # fmt: skip
     assert (code, err) == (0, "")
     assert out.splitlines()[:3] == ["protect vm1: check", "protect vm1: copy 50%", "vm1 is protected"]
@@ -90,7 +90,7 @@ def test_protect_waits_shows_steps_and_says_what_the_arbiter_means(agent: FakeAg
     assert re.fullmatch("[0-9a-f]{32}", body.pop("key"))
     assert body == {
         "domain": "vm1", "to": "host2", "delay_ms": 50, "engine": "colo", "netbuffer": "plug",
-        "disks": {"vda": "/a", "vdb": "/b=c"}, "overwrite": ["/a"], "rdma_device": "mlx5_0",
+        "disks": {"vda": "/a", "vdb": "/b=c"}, "overwrite": ["/a"], "rdma_device": "mlx5_0", "arbiter": "etcd",
     }  # fmt: skip
 
 
