@@ -96,6 +96,7 @@ class Qemu:
         self.proc = Proc(host, "qemu")
         self.proc.on_death.append(self._died)
         self.tap = f"vnet{host.number}"
+        self.incoming = incoming
         self.ram = state
         self.unsent = False  # the newest write is done, its packet not sent yet
         self.runstate = "inmigrate" if incoming else "paused"
@@ -156,7 +157,7 @@ class Qemu:
         if self.runstate == "running":
             return
         self.runstate = "running"
-        if self.colo == "secondary" or self.failover:
+        if self.incoming:
             # A copy that runs is a history of its own from here on.
             if self.loading:
                 raise Violation("torn memory", f"{self.host.name}: the copy runs while a checkpoint is loaded under it")
@@ -167,7 +168,7 @@ class Qemu:
                 view = self._view()
                 if view != self.ram:
                     raise Violation("one instant", f"{self.host.name}: RAM {self.ram}, disk {view}")
-                if self.failover:
+                if self.colo != "secondary":
                     self.world.oracle.takes_over(self, self.image())
                 self.ram = Moment(self.world.history.fork(self.ram), self.ram.n)
         self.event("RESUME")
@@ -625,7 +626,7 @@ class Qemu:
         elif self.colo == "secondary" and not self.failover:
             if self.loading:
                 raise Violation("torn memory", f"{self.host.name}: failover while a checkpoint is loaded")
-            self.failover, self.migration = True, "completed"
+            self.failover, self.migration, self.colo = True, "completed", ""
             if self.stream is not None:
                 self.stream.close(self)
             self.world.at((40.0 + 160.0 * self.world.rng.random()) * self.world.slow_commit, self.proc, self._commit)
@@ -652,6 +653,7 @@ class Qemu:
                     overlay.content = overlay.content if which == 0 else None
         if image.torn == "committing":
             image.torn = ""
+        self.failover = False
 
     def _q_yank(self, a: dict[str, Any], r: Reply) -> Any:
         for instance in a["instances"]:
