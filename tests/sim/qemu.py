@@ -64,12 +64,25 @@ class Connection:
             return
         self.open = False
         side = self.ends.index(by)
+        told = self._ended[1 - side]
         if lost:
             self._queues[side].clear()
+            if told is not None:
+                self._resets_once_back(by, self.ends[1 - side], told)
             return
-        told = self._ended[1 - side]
         if told is not None:
             self.send(by, told)
+
+    def _resets_once_back(self, lost: Qemu, other: Qemu, told: Callable[[], None]) -> None:
+        """A host that boots knows nothing of the connection, and says so to whoever still sends on it."""
+
+        def look() -> None:
+            if lost.host.up and not self._cut():
+                told()
+            else:
+                self.world.at(200.0, other.proc, look)
+
+        self.world.at(200.0, other.proc, look)
 
     def reset(self, by: Qemu) -> None:
         """A yank: our end knows at once; the other end when it hears of it."""
