@@ -15,7 +15,7 @@ from tests.sim import faults, play
 from tests.sim.faults import Fault
 from tests.sim.world import Violation, World
 
-SETTLE_MS = 2500.0
+SETTLE_MS = 1500.0
 
 
 def one(seed: int, rounds: list[list[Fault]], *, trace: bool = False) -> tuple[World, Violation | None]:
@@ -30,7 +30,7 @@ def one(seed: int, rounds: list[list[Fault]], *, trace: bool = False) -> tuple[W
             for fault in planned:
                 world.at(fault.at_ms, world.outside, faults.apply, world, fault)
             last = max((fault.at_ms for fault in planned), default=0.0)
-            world.run(world.now + last + SETTLE_MS)
+            world.run(world.now + last + SETTLE_MS * (1 + number % 2))
             faults.mend(world)
             play.until_it_flows(world)
             play.until_protected(world)
