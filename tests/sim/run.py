@@ -79,7 +79,7 @@ def tell(seed: int, rounds: list[list[Fault]], lines: int) -> None:
             print(f"  round {number + 1}: {fault}")
     first = next((i for i, line in enumerate(world.trace) if "FAULT" in line), len(world.trace))
     shown = world.trace[max(0, first - 4):]
-    print("\n".join(shown[:20] + ["…"] + shown[-lines:] if len(shown) > lines + 20 else shown))
+    print("\n".join([*shown[:20], "…", *shown[-lines:]] if len(shown) > lines + 20 else shown))
     play.over(world)
 
 
@@ -124,8 +124,8 @@ def main() -> int:
                 break
         seed += 1
     took = time.monotonic() - began
-    print(f"{worlds} worlds (seeds {first} to {seed - 1 if not violations else seed}), {lived / 1000:.0f} s of their time, {steps} steps, "
-          f"{steps / took:.0f} steps/s")  # fmt: skip
+    print(f"{worlds} worlds (seeds {first} to {first + worlds - 1}), {lived / 1000:.0f} s of their time, "
+          f"{steps} steps, {steps / took:.0f} steps/s")  # fmt: skip
     for kind in sorted(counts):
         print(f"{counts[kind]:8}  {kind}")
     print(f"violations: {violations}")
