@@ -136,9 +136,9 @@ def applied(error: Error, tree: Path) -> str:
         text = (tree / file).read_text()
         if (count := text.count(old)) != 1:
             return f"the old text occurs {count} times in {file}: {old.strip()[:70]}"
-        text = text.replace(old, new)
-        compile(text, file, "exec")
-        (tree / file).write_text(text)
+        (tree / file).write_text(text.replace(old, new))
+    for file in {file for file, _, _ in error.edits}:
+        compile((tree / file).read_text(), file, "exec")
     return ""
 
 
