@@ -24,11 +24,6 @@ from tests.sim import aio
 from tests.sim.machine import ADDRESSES, RUN, STATE, SimLibvirt
 from tests.sim.world import Host, Proc, here
 
-try:
-    from mcft.agent import arbitration
-except ImportError:
-    arbitration = None  # type: ignore[assignment]
-
 T = TypeVar("T")
 
 
@@ -266,8 +261,7 @@ class AgentProc(Proc):
         )  # fmt: skip
         store = SimStore(host)
         site = Site(
-            config, store, SimEvents(host), Jobs(), SimLibvirt(host), SimMarkers(host), _Proof(), Ports(*config.ports),  # type: ignore[arg-type]
-            *([arbitration.Arbiters(config)] if arbitration is not None else []),
+            config, store, SimEvents(host), Jobs(), SimLibvirt(host), SimMarkers(host), _Proof(), Ports(*config.ports)  # type: ignore[arg-type]
         )
         core = self.core = Core(site)
         site.versions.update(qemu="11.1.3", libvirt="11.3.0")

@@ -1,4 +1,4 @@
-"""Stands in for asyncio's event loop: one per agent process, in virtual time. A killed agent's tasks are simply never run again."""
+"""Stands in for asyncio's event loop: one per agent process, in virtual time. A killed agent's tasks never run again."""
 
 from __future__ import annotations
 

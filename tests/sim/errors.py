@@ -74,19 +74,15 @@ ERRORS = [
         (GENERATIONS, "    if peer.has(Kind.GIVEN_UP):\n        return \"solo\"\n    return \"unknown\"", "    return \"solo\""),
     )),
     Error("give-up after taken", (
-        (GENERATIONS, "if standby.newest in (Kind.TAKEN, Kind.LOST, Kind.ENDED):", "if standby.newest in (Kind.LOST, Kind.ENDED):"),
+        (GENERATIONS, "standby.newest in (Kind.TAKEN, Kind.LOST, Kind.ENDED):", "standby.newest in (Kind.LOST, Kind.ENDED):"),
         (GENERATIONS, "Kind.GIVEN_UP: frozenset({Kind.PREPARING, Kind.ARMED, Kind.NOT_WHOLE})",
          "Kind.GIVEN_UP: frozenset({Kind.PREPARING, Kind.ARMED, Kind.NOT_WHOLE, Kind.TAKEN})"),
-        (STANDBY, "        if self.ledger.newest in (Kind.TAKEN, Kind.GIVEN_UP, Kind.LOST, Kind.ENDED):\n            return\n        claiming",
-         "        if self.ledger.newest in (Kind.GIVEN_UP, Kind.LOST, Kind.ENDED):\n            return\n        claiming"),
+        (STANDBY, "        if self.ledger.newest in (Kind.TAKEN, Kind.GIVEN_UP, Kind.LOST, Kind.ENDED):\n            return\n",
+         "        if self.ledger.newest in (Kind.GIVEN_UP, Kind.LOST, Kind.ENDED):\n            return\n"),
     )),
     Error("claim not durable before acting", (
-        (SITE, "            await self.site.store.append(\n"
-         "                self.body.uuid, self.body.pid, record.g, self.ledger.side, [kind.value], detail, model.encode(self.body)\n"
-         "            )\n",
-         "            self.site.spawn(self.site.store.append(\n"
-         "                self.body.uuid, self.body.pid, record.g, self.ledger.side, [kind.value], detail, model.encode(self.body)\n"
-         "            ), 'record')\n"),
+        (SITE, "            await self.site.store.append(\n", "            self.site.spawn(self.site.store.append(\n"),
+        (SITE, "detail, model.encode(self.body)\n            )\n", "detail, model.encode(self.body)\n            ), 'record')\n"),
     )),
     Error("undo opens the buffer", (
         (DECISIONS, "        if self.ledger.newest is Kind.PREPARING:\n", "        if True:\n"),
@@ -99,33 +95,37 @@ ERRORS = [
     Error("take-over unarmed", (
         (FAILOVER, "    if not view.armed:\n        return Verdict(Act.WAIT, \"not armed",
          "    if False:\n        return Verdict(Act.WAIT, \"not armed"),
-        (GENERATIONS, "if standby.newest in (Kind.ARMED, Kind.TAKEN):", "if standby.newest in (Kind.PREPARING, Kind.ARMED, Kind.TAKEN):"),
+        (GENERATIONS, "standby.newest in (Kind.ARMED, Kind.TAKEN):",
+         "standby.newest in (Kind.PREPARING, Kind.ARMED, Kind.TAKEN):"),
         (GENERATIONS, "Kind.TAKEN: frozenset({Kind.ARMED})", "Kind.TAKEN: frozenset({Kind.PREPARING, Kind.ARMED})"),
         (STANDBY, "        if self.ledger.newest is Kind.ARMED:\n            self.body.overlays_g",
          "        if self.ledger.newest in (Kind.PREPARING, Kind.ARMED):\n            self.body.overlays_g"),
     )),
     Error("intended end taken for a loss", (
-        (DECISIONS, '        if shutdown_reason.startswith("guest-") or', '        if False and shutdown_reason.startswith("guest-") or'),
+        (DECISIONS, 'if shutdown_reason.startswith("guest-") or', 'if False and shutdown_reason.startswith("guest-") or'),
     )),
     Error("adopt and release at once", (
         ("mcft/gate/filter.py", "        self.buffer.mode = self.gate.state.mode\n", '        self.buffer.mode = "pass"\n'),
     )),
     Error("old instance's records accepted", (
         (VERBS, "not isinstance(life, Standby) or life.body.pid != about.pid or", "not isinstance(life, Standby) or"),
-        (VERBS, "        return isinstance(life, Standby) and life.body.pid == about.pid\n", "        return isinstance(life, Standby)\n"),
+        (VERBS, "        return isinstance(life, Standby) and life.body.pid == about.pid\n",
+         "        return isinstance(life, Standby)\n"),
         (VERBS, "        if isinstance(life, Standby) and life.body.pid == about.pid and life.body.peer == peer:\n",
          "        if isinstance(life, Standby):\n"),
-        (VERBS, "        if life is not None and (not about.pid or life.body.pid == about.pid):\n", "        if life is not None:\n"),
+        (VERBS, "if life is not None and (not about.pid or life.body.pid == about.pid):\n", "if life is not None:\n"),
         (GENERATIONS, "if peer is None or peer.pid != primary.pid or peer.g != primary.g or", "if peer is None or"),
     )),
     Error("synchronisation resumed after a crash", (
-        ("mcft/agent/copy.py", "            if target in disks:\n", "            if target in disks and not os.path.exists(path):\n"),
+        ("mcft/agent/copy.py", "            if target in disks:\n",
+         "            if target in disks and path in self.body.created_files:\n"),
     )),
     Error("chain started as a bare disk", (
         (SITE, "        await overlays.commit_files(self.body.disks, self.body.overlays_g)\n", ""),
     )),
     Error("disk error not sticky", (
-        (PRIMARY, "            self.gate.saw_disk_error(what)\n            self.commit.stream_died(\"disk error\")\n", "            pass\n"),
+        (PRIMARY, "            self.gate.saw_disk_error(what)\n            self.commit.stream_died(\"disk error\")\n",
+         "            pass\n"),
     )),
 ]  # fmt: skip
 
@@ -136,9 +136,9 @@ def applied(error: Error, tree: Path) -> str:
         text = (tree / file).read_text()
         if (count := text.count(old)) != 1:
             return f"the old text occurs {count} times in {file}: {old.strip()[:70]}"
-        text = text.replace(old, new)
-        compile(text, file, "exec")
-        (tree / file).write_text(text)
+        (tree / file).write_text(text.replace(old, new))
+    for file in {file for file, _, _ in error.edits}:
+        compile((tree / file).read_text(), file, "exec")
     return ""
 
 

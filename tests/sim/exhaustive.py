@@ -285,11 +285,12 @@ class RecordsWorld:
 
     def key(self) -> Any:
         return (self.primary, self.standby, self.primary_next, self.standby_next, self.messages, self.gate, self.runs,
-                self.primary_qemu, self.standby_qemu, self.stream, self.resolving, self.claiming, self.crashes, self.losses)  # fmt: skip
+                self.primary_qemu, self.standby_qemu, self.stream, self.resolving, self.claiming, self.crashes,
+                self.losses)  # fmt: skip
 
     def ledger(self, side: generations.Side) -> Ledger:
         own, following = (self.primary, self.primary_next) if side == "primary" else (self.standby, self.standby_next)
-        rows = [(1, k) for k in own] + [(2, k) for k in following if k != "spoken3"] + [(3, "spoken") for k in following if k == "spoken3"]
+        rows = [(1, k) for k in own] + [(3, "spoken") if k == "spoken3" else (2, k) for k in following]
         return Ledger.load("pid", side, 1, rows)
 
     def _write(self, side: generations.Side, kind: Kind, g: int = 1) -> bool:
@@ -500,7 +501,7 @@ def etcd_world() -> Small | None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.sim.exhaustive")
-    parser.add_argument("--seconds", type=float, default=60.0, help="for each world; a layer that does not end in time is not counted")
+    parser.add_argument("--seconds", type=float, default=60.0, help="for each world; only whole layers count")
     parser.add_argument("--depth", type=int, default=40)
     asked = parser.parse_args()
     worlds: dict[str, Small | None] = {"commit": commit_world(), "records": RecordsWorld(), "etcd": etcd_world()}

@@ -34,9 +34,7 @@ class Files:
         rng = self.host.world.rng
         kept = dict(self.synced)
         for path, content in self.held.items():
-            if path not in kept and rng.random() < 0.5:
-                kept[path] = content
-            elif path in kept and kept[path] is not content and rng.random() < 0.5:
+            if (path not in kept and rng.random() < 0.5) or (path in kept and kept[path] is not content and rng.random() < 0.5):
                 kept[path] = content
         self.held = {path: content for path, content in kept.items() if not path.startswith("/run/")}
         self.synced = dict(self.held)

@@ -181,7 +181,7 @@ class SimLink(Link):
     def open(cls, local: str, local_port: int, peer: str, peer_port: int) -> SimLink:
         link = cls(peer, Sock(current()))  # type: ignore[arg-type]
         link.proc = current()
-        link.inbox, link.newest = [], {}
+        link.inbox = []
         host = link.proc.host
         link.number = ADDRESSES[host.name].index(local)
         link.there = (peer, peer_port)
@@ -198,12 +198,13 @@ class SimLink(Link):
         if link is not None:
             link.inbox.append(datagram)
             other = self.proc.host.other
+            newest = other.machine.newest
             counter = int.from_bytes(datagram[40:48], "big")
-            fresh = counter >= link.newest.get(datagram[32:40], 0)
+            fresh = counter >= newest.get(datagram[32:40], 0)
             proven = link.proc.gate.session.peer_nonce == datagram[32:40]  # a newcomer must prove itself first
             if fresh and proven:
                 other.machine.heard_at = other.world.now
-            link.newest[datagram[32:40]] = max(counter, link.newest.get(datagram[32:40], 0))
+            newest[datagram[32:40]] = max(counter, newest.get(datagram[32:40], 0))
             link.proc.ready(link.sock)
 
     def receive(self) -> list[bytes]:

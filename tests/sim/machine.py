@@ -55,7 +55,8 @@ class Machine:
         self.gates: dict[str, Any] = {}
         self.agent: AgentProc | None = None
         self.lan_up = True
-        self.heard_at = self.awake_since = 0.0  # the last keepalive that came in; the last time that this host or its gate stood still
+        self.heard_at = self.awake_since = 0.0  # the last keepalive; the last stall
+        self.newest: dict[bytes, int] = {}  # nonce of a gate → its newest counter that came in
         self.disk_fails = False
         self.qemu_hangs = False
         self.libvirt_down_until = 0.0

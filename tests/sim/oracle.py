@@ -95,7 +95,8 @@ class Oracle:
         if image.torn:
             raise Violation("the truth", f"the disk of {host.name} {what}: {image.torn}")
         if image.content is None or not self.world.history.holds(image.content, self.last):
-            raise Violation("no acknowledged write lost", f"the disk of {host.name} {what} has {image.content}, {self.last} was seen")
+            said = f"the disk of {host.name} {what} has {image.content}, {self.last} was seen"
+            raise Violation("no acknowledged write lost", said)
 
     def freed(self, host: Host) -> None:
         """From now on anybody may start it here by hand: so its disk must be the truth, and no other may be."""
@@ -161,7 +162,8 @@ class Oracle:
         if found:
             silent = self.world.now - max(host.machine.heard_at, host.machine.awake_since)
             if int(found[1]) < LOSS_MS - 1 or silent < LOSS_MS - 20.0:
-                raise Violation("loss without silence", f"{host.name} says: {reason}; the last keepalive came {silent:.0f} ms ago")
+                said = f"{host.name} says: {reason}; the last keepalive came {silent:.0f} ms ago"
+                raise Violation("loss without silence", said)
 
     # ---- at the end of a round ----
 

@@ -129,7 +129,7 @@ def maintenance(host: Host, on: bool) -> None:
 def until_protected(world: World) -> None:
     """By itself, or by an operator where the guest runs. Raises: Violation (liveness)."""
     end = world.now + PROTECT_WITHIN_MS
-    asked = world.now + (8000.0 if world.auto_protect else 0.0)
+    asked = world.now + (5000.0 if world.auto_protect else 500.0)
     while not is_protected(world):
         if world.now > end:
             raise Violation("liveness", f"not protected within {PROTECT_WITHIN_MS / 1000:.0f} s: {states(world)}")
@@ -166,11 +166,11 @@ def states(world: World) -> str:
 def until_it_flows(world: World) -> None:
     """Everything is mended: the guest must talk again, by itself or with what the documents say. Raises: Violation."""
     end = world.now + FLOWS_WITHIN_MS
-    type_at = world.now + 8000.0
+    type_at = world.now + 4000.0
     began = world.now
     while True:
         world.run(world.now + 100.0)
-        if world.oracle.last_at > began + 2000.0 and world.now - world.oracle.last_at < 300.0:
+        if world.oracle.last_at > began + 1000.0 and world.now - world.oracle.last_at < 300.0:
             return
         if world.now > end:
             raise Violation("liveness", f"no output for {FLOWS_WITHIN_MS / 1000:.0f} s with everything mended: {states(world)}")

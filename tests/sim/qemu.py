@@ -64,12 +64,25 @@ class Connection:
             return
         self.open = False
         side = self.ends.index(by)
+        told = self._ended[1 - side]
         if lost:
             self._queues[side].clear()
+            if told is not None:
+                self._resets_once_back(by, self.ends[1 - side], told)
             return
-        told = self._ended[1 - side]
         if told is not None:
             self.send(by, told)
+
+    def _resets_once_back(self, lost: Qemu, other: Qemu, told: Callable[[], None]) -> None:
+        """A host that boots knows nothing of the connection, and says so to whoever still sends on it."""
+
+        def look() -> None:
+            if lost.host.up and not self._cut():
+                told()
+            else:
+                self.world.at(200.0, other.proc, look)
+
+        self.world.at(200.0, other.proc, look)
 
     def reset(self, by: Qemu) -> None:
         """A yank: our end knows at once; the other end when it hears of it."""
@@ -96,6 +109,7 @@ class Qemu:
         self.proc = Proc(host, "qemu")
         self.proc.on_death.append(self._died)
         self.tap = f"vnet{host.number}"
+        self.incoming = incoming
         self.ram = state
         self.unsent = False  # the newest write is done, its packet not sent yet
         self.runstate = "inmigrate" if incoming else "paused"
@@ -156,7 +170,7 @@ class Qemu:
         if self.runstate == "running":
             return
         self.runstate = "running"
-        if self.colo == "secondary" or self.failover:
+        if self.incoming:
             # A copy that runs is a history of its own from here on.
             if self.loading:
                 raise Violation("torn memory", f"{self.host.name}: the copy runs while a checkpoint is loaded under it")
@@ -167,7 +181,7 @@ class Qemu:
                 view = self._view()
                 if view != self.ram:
                     raise Violation("one instant", f"{self.host.name}: RAM {self.ram}, disk {view}")
-                if self.failover:
+                if self.colo != "secondary":
                     self.world.oracle.takes_over(self, self.image())
                 self.ram = Moment(self.world.history.fork(self.ram), self.ram.n)
         self.event("RESUME")
@@ -625,7 +639,7 @@ class Qemu:
         elif self.colo == "secondary" and not self.failover:
             if self.loading:
                 raise Violation("torn memory", f"{self.host.name}: failover while a checkpoint is loaded")
-            self.failover, self.migration = True, "completed"
+            self.failover, self.migration, self.colo = True, "completed", ""
             if self.stream is not None:
                 self.stream.close(self)
             self.world.at((40.0 + 160.0 * self.world.rng.random()) * self.world.slow_commit, self.proc, self._commit)
@@ -652,6 +666,7 @@ class Qemu:
                     overlay.content = overlay.content if which == 0 else None
         if image.torn == "committing":
             image.torn = ""
+        self.failover = False
 
     def _q_yank(self, a: dict[str, Any], r: Reply) -> Any:
         for instance in a["instances"]:

@@ -15,7 +15,7 @@ from tests.sim import faults, play
 from tests.sim.faults import Fault
 from tests.sim.world import Violation, World
 
-SETTLE_MS = 2500.0
+SETTLE_MS = 1500.0
 
 
 def one(seed: int, rounds: list[list[Fault]], *, trace: bool = False) -> tuple[World, Violation | None]:
@@ -30,7 +30,7 @@ def one(seed: int, rounds: list[list[Fault]], *, trace: bool = False) -> tuple[W
             for fault in planned:
                 world.at(fault.at_ms, world.outside, faults.apply, world, fault)
             last = max((fault.at_ms for fault in planned), default=0.0)
-            world.run(world.now + last + SETTLE_MS)
+            world.run(world.now + last + SETTLE_MS * (1 + number % 2))
             faults.mend(world)
             play.until_it_flows(world)
             play.until_protected(world)
@@ -79,7 +79,7 @@ def tell(seed: int, rounds: list[list[Fault]], lines: int) -> None:
             print(f"  round {number + 1}: {fault}")
     first = next((i for i, line in enumerate(world.trace) if "FAULT" in line), len(world.trace))
     shown = world.trace[max(0, first - 4):]
-    print("\n".join(shown[:20] + ["…"] + shown[-lines:] if len(shown) > lines + 20 else shown))
+    print("\n".join([*shown[:20], "…", *shown[-lines:]] if len(shown) > lines + 20 else shown))
     play.over(world)
 
 
@@ -124,8 +124,8 @@ def main() -> int:
                 break
         seed += 1
     took = time.monotonic() - began
-    print(f"{worlds} worlds (seeds {first} to {seed - 1 if not violations else seed}), {lived / 1000:.0f} s of their time, {steps} steps, "
-          f"{steps / took:.0f} steps/s")  # fmt: skip
+    print(f"{worlds} worlds (seeds {first} to {first + worlds - 1}), {lived / 1000:.0f} s of their time, "
+          f"{steps} steps, {steps / took:.0f} steps/s")  # fmt: skip
     for kind in sorted(counts):
         print(f"{counts[kind]:8}  {kind}")
     print(f"violations: {violations}")

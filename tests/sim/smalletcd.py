@@ -9,6 +9,7 @@ from typing import Any
 
 from mcft.arbiter.base import Ask, Intent, Standing
 from mcft.arbiter.etcd import EtcdClaim, Key, Reply, Seen, Swap, Word
+
 from tests.sim.exhaustive import Broken
 
 ARMED = Word("armed-x", 1, "primary").text()
@@ -52,8 +53,9 @@ class EtcdWorld:
         inside = []
         for side in self.sides:
             c = side.claim
-            state = None if c is None else (c.standing, c._unanswered, c._failures, c._withdrawn, c.seen, c._out is not None, c._number)
-            inside.append((state, side.intent, side.waiting is not None and side.waiting.number, side.won, side.unknown, side.withdrawn))
+            state = c and (c.standing, c._unanswered, c._failures, c._withdrawn, c.seen, c._out is not None, c._number)
+            waiting = side.waiting and side.waiting.number
+            inside.append((state, side.intent, waiting, side.won, side.unknown, side.withdrawn))
         return (tuple(inside), self.value, self.mod, self.revision, self.wiped, self.requests, self.answers,
                 self.crashes, self.timeouts, self.wipes)  # fmt: skip
 

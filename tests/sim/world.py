@@ -40,7 +40,7 @@ class Violation(AssertionError):
 class Proc:
     """What can die or stand still: a process, a host's kernel, a daemon."""
 
-    __slots__ = ("alive", "deferred", "halted", "host", "name", "on_death", "pid", "start")
+    __slots__ = ("alive", "deferred", "halted", "halted_at", "host", "name", "on_death", "pid", "start")
 
     def __init__(self, host: Host, name: str) -> None:
         self.host, self.name = host, name
@@ -49,8 +49,9 @@ class Proc:
         self.on_death: list[Callable[[], None]] = []
         host.procs.append(self)
         self.pid, self.start = host.next_pid()
+        self.halted_at = 0.0
         if host.frozen:
-            self.halted = 1
+            self.halt()
 
     def kill(self) -> None:
         """SIGKILL: nothing of its own code runs any more; the kernel tells who waits for its end."""
@@ -65,12 +66,14 @@ class Proc:
             tell()
 
     def halt(self) -> None:
+        if not self.halted:
+            self.halted_at = self.host.world.now
         self.halted += 1
 
     def go_on(self) -> None:
         self.halted -= 1
         if not self.halted:
-            if self.name == "gate":
+            if self.name == "gate" and self.host.world.now - self.halted_at > 99.0:  # T/3: a stall
                 self.host.machine.awake_since = self.host.world.now
             deferred, self.deferred = self.deferred, []
             for call, arguments in deferred:
