@@ -30,7 +30,7 @@ SLOW=${MCFT_LAB_SLOW:-1}
 wait_for() {
     local end=$((${EPOCHREALTIME/./} + $1 * SLOW * 1000000)) what=$2 never poll=.03
     shift 2
-    [ "$SLOW" = 1 ] || poll=.2
+    [ "$SLOW" = 1 ] || poll=1
     exec {never}<> <(:)
     until "$@" >/dev/null 2>&1; do
         [ ${EPOCHREALTIME/./} -lt $end ] || { printf 'lab: gave up waiting for %s\n' "$what" >&2; return 1; }

@@ -185,6 +185,8 @@ def trial() -> str:
                 link.ask(wire.new_clsact(index))
                 what = "cls_matchall or act_mirred"
                 link.ask(wire.redirect(line))
+            except PermissionError:
+                said.append("this process may not change the network (no CAP_NET_ADMIN)")
             except OSError as error:
                 said.append(f"this kernel gives no {what}: {error.strerror}")
 

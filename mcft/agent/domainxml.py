@@ -119,6 +119,21 @@ def nics(xml: str, vhost: bool) -> list[Nic]:
     return found
 
 
+def refuse_other_nics(before: list[Nic], xml: str) -> None:
+    """A NIC plugged since the buffer was attached would speak unbuffered; one unplugged is still the standby's.
+
+    Raises: Refused ("nics-changed").
+    """
+    then, now = {(nic.target, nic.mac) for nic in before}, {(nic.target, nic.mac) for nic in nics(xml, vhost=False)}
+    if then != now:
+        what = [f"{target} ({mac}) was plugged" for target, mac in sorted(now - then)]
+        what += [f"{target} ({mac}) was unplugged" for target, mac in sorted(then - now)]
+        raise Refused(
+            "nics-changed", f"the NICs changed while the domain was being protected: {', '.join(what)}",
+            "they are part of what is protected", "protect it again, with the NICs as they are now",
+        )  # fmt: skip
+
+
 def uses_vhost(qemu_pid: int) -> bool:
     """Whether this QEMU has /dev/vhost-net open (libvirt's choice for virtio NICs, not shown in its XML)."""
     folder = f"/proc/{qemu_pid}/fd"

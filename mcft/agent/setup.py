@@ -212,6 +212,8 @@ class Setup(Life):
         body = self.body
         bandwidth = self.site.config.max_bandwidth_bytes or (1 << 40)
         await self.engine.start(self.qmp, self._there(body.mig_port), body.delay_ms, bandwidth)
+        # From here on QEMU plugs and unplugs nothing (qdev_device_add: not while a migration runs).
+        domainxml.refuse_other_nics(body.nics, await self.site.host.xml(body.uuid))
         deadline_ms = boottime_ms() + SWITCHOVER_DEADLINE_S * 1000
         while not await self.engine.switchover_reached(self.qmp):
             if boottime_ms() > deadline_ms:

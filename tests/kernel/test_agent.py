@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 
 import pytest
 from frames import Wire, nic, sh
@@ -18,6 +20,14 @@ def test_auto_means_plug_and_looking_changes_nothing(wire: Wire) -> None:
     assert asyncio.run(buffers.choose("auto", [nic("vnet0")])) == "plug"
     assert asyncio.run(buffers.choose("filter", [])) == "filter"
     assert sh("ip -o link | cut -d: -f2; tc qdisc") == before
+
+
+def test_without_the_right_to_change_the_network_it_says_so() -> None:
+    """Fails if a missing right reads like a missing module: nobody would find it."""
+    bare = ["setpriv", "--bounding-set=-net_admin", "--inh-caps=-net_admin", sys.executable, "-c"]
+    code = f"import sys; sys.path = {sys.path!r}; from mcft.plugkernel import trial; print(trial())"
+    said = subprocess.run([*bare, code], capture_output=True, text=True)
+    assert "CAP_NET_ADMIN" in said.stdout, said
 
 
 def test_what_stands_in_the_way_is_said_before_anything_is_made(wire: Wire) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 from mcft.arbiter.base import Ask, Intent, Standing
 from mcft.arbiter.etcd import EtcdClaim, Key, Reply, Seen, Swap, Word
-
 from tests.sim.exhaustive import Broken
 
 ARMED = Word("armed-x", 1, "primary").text()

@@ -27,8 +27,8 @@ class World:
         )
         self.again = Again(SimpleNamespace(site=site, lives={}))  # type: ignore[arg-type]
         self.body = SimpleNamespace(
-            domain="vm1", role="primary", state="solo", manual="", overlays_g=0, dismantling=False, quick_return=False, peer="host2",
-            next_try_boottime_ms=0.0, failures=0,
+            domain="vm1", role="primary", state="solo", manual="", overlays_g=0, dismantling=False, quick_return=False,
+            peer="host2", next_try_boottime_ms=0.0, failures=0,
         )  # fmt: skip
         self.said: list[str] = []
 
@@ -68,7 +68,8 @@ def test_a_cut_replication_link_is_waited_for(world: World) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("manual", "disk error"), ("overlays_g", 4), ("dismantling", True), ("state", "protected"), ("state", "failed"), ("role", "standby")],
+    [("manual", "disk error"), ("overlays_g", 4), ("dismantling", True), ("state", "protected"), ("state", "failed"),
+     ("role", "standby")],
 )
 def test_not_while_something_forbids_it(world: World, field: str, value: Any) -> None:
     setattr(world.body, field, value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,16 @@ def test_nics() -> None:
     ]
     assert not any(n.vhost for n in domainxml.nics(read("plain"), vhost=False))
     assert choose("auto", domainxml.nics(read("plain"), vhost=False), plug_available=False) == "filter"
+
+
+def test_nics_that_changed_since_are_refused() -> None:
+    """Fails if only their number is compared, or one that went is none."""
+    then = domainxml.nics(read("plain"), vhost=False)
+    domainxml.refuse_other_nics(then, read("plain"))
+    with pytest.raises(Refused, match=rf"{then[0].target} .* was plugged"):
+        domainxml.refuse_other_nics(then[1:], read("plain"))
+    with pytest.raises(Refused, match=r"vnet9 .* was unplugged"):
+        domainxml.refuse_other_nics([*then, replace(then[0], target="vnet9")], read("plain"))
 
 
 def test_nics_that_no_buffer_can_hold_are_refused() -> None:
