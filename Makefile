@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 SECONDS ?= 60
 
-.PHONY: help venv lint test-unit test-lab test-kernel test-rdma sim sim-exhaustive sim-errors test demo bench evidence mutants man clean
+.PHONY: help venv lint test-unit test-lab test-plug test-kernel test-rdma sim sim-exhaustive sim-errors test demo bench evidence mutants man clean
 
 help:
 	@echo 'make demo       lab, protect, power loss, take-over, protect back, planned switch home; ends with a table'
@@ -35,10 +35,12 @@ test-lab: venv
 	lab/lab up
 	$(RUN) -m pytest tests/lab -v; status=$$?; lab/lab down; exit $$status
 
-# The plug buffer, on a kernel that has it: user-mode Linux, fetched once by apt into lab/.cache. First its qdiscs alone (a minute),
-# then the whole lab over there. Root.
-test-kernel: venv
+# The plug buffer, on a kernel that has it: user-mode Linux, fetched once by apt into lab/.cache. Its qdiscs alone: a minute; root.
+test-plug: venv
 	lab/uml $(CURDIR)/$(RUN) -m pytest tests/kernel --ignore=tests/kernel/lab -v -p no:cacheprovider
+
+# Then under a real guest: the whole lab over there.
+test-kernel: test-plug
 	MCFT_UML_TIMEOUT_S=1500 lab/uml --lab $(CURDIR)/$(RUN) -m pytest tests/kernel/lab -v -p no:cacheprovider
 
 # The RDMA keepalive, on rxe in a VM (QEMU without KVM): kernel and pyverbs fetched once by apt into lab/.cache. Root.
@@ -55,7 +57,8 @@ sim-exhaustive: venv
 sim-errors: venv
 	$(RUN) -m tests.sim.errors
 
-test: lint test-unit sim test-lab test-kernel
+# (Not yet the whole of test-kernel: its lab needs to be seen on a CI machine first.)
+test: lint test-unit sim test-lab test-plug
 
 demo: venv
 	$(RUN) -m bench.demo
