@@ -51,6 +51,14 @@ def devices(sysfs: Path = SYSFS) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
 
 
+def node(device: str, sysfs: Path = SYSFS) -> Path | None:
+    """What user programs open of a device; None if it has none (ib_uverbs is not loaded). It goes first when a device does."""
+    for entry in sorted((sysfs / "class/infiniband_verbs").glob("uverbs*")):
+        if _read(entry / "ibdev") == device:
+            return entry
+    return None
+
+
 def find(address: str, device: str = "auto", sysfs: Path = SYSFS) -> Port:
     """The active port with this address; device: "auto" for any, else this one alone.
 

@@ -472,7 +472,8 @@ class Gate:
         age_ms = None if heard_ms is None else now_ms - heard_ms
         missed = 0 if age_ms is None else max(0, int(age_ms / interval_ms) - 1)
         return [{"kind": "rdma", "link": self.rdma.peer, "age_ms": age_ms, "missed": missed, "detail": self.rdma.detail(now_ms),
-                 "connections": self.rdma.connections, "errors": self.rdma.errors}]  # fmt: skip
+                 "connections": self.rdma.connections, "errors": self.rdma.errors,
+                 "error_age_ms": now_ms - self.rdma.error_ms if self.rdma.errors else None}]  # fmt: skip
 
     def status(self) -> dict[str, Any]:
         """All that the agent shows of us."""

@@ -48,12 +48,12 @@ class RdmaLink:
         self.name = f"rdma {spec.peer}"
         self.peer = spec.peer
         self.state = "starting"
-        self.reason = "not connected yet"
+        self.reason = "its verbs process is starting"
         self.error, self.error_ms = "", float("-inf")
         self.connections = self.errors = 0
         self._loop, self._spec, self._loss_ms, self._note = loop, spec, loss_ms, note
         self._leads, self._on_error = leads, on_error
-        self._memory = os.memfd_create("mcft-rdma", os.MFD_CLOEXEC)
+        self._memory = os.memfd_create("mcft-rdma", os.MFD_CLOEXEC)  # 4 KiB that two processes share
         os.ftruncate(self._memory, REGION_BYTES)
         self.inbox = Inbox(memoryview(mmap.mmap(self._memory, REGION_BYTES)))
         self._sock: socket.socket | None = None
@@ -66,7 +66,14 @@ class RdmaLink:
     # ---- the verbs process ----
 
     def start(self) -> None:
-        """Start it; `tick` starts it again whenever it ends."""
+        """Start it; `tick` starts it again whenever it ends. A host that can't even do that goes on by UDP."""
+        try:
+            self._start()
+        except OSError as error:
+            self.reason = f"its verbs process can't be started: {error}"
+            self._restart_at_ms = boottime_ms() + RESTART_MS
+
+    def _start(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         spec = msgspec.json.encode(Spec(self._spec.device, self._spec.local, self._loss_ms)).decode()
         with theirs:
@@ -106,7 +113,7 @@ class RdmaLink:
             self._idle(body["down"])
             self._on_error()
         elif "ready" in body:
-            self.state = "idle"
+            self.state, self.reason = "idle", "not connected yet"
         elif "absent" in body:
             self.state, self.reason = "absent", body["absent"]
         elif self._waiting:

@@ -19,6 +19,7 @@ import signal
 import socket
 import sys
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -56,6 +57,7 @@ from mcft.rdma import (
 )  # fmt: skip
 
 COMPLETION_POLL_S = 0.004  # while writes are under way
+LEAVE_POLL_S = 0.1
 MIN_RNR_TIMER = 12
 HOPS = 64  # RoCE v2 may be routed
 PR_SET_PDEATHSIG = 1
@@ -69,6 +71,7 @@ class Verbs:
         self.spec, self.inbox, self.outbox = spec, Inbox(memoryview(memory)), Outbox(memoryview(memory))
         self._base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         self._context: Any = None
+        self._node: Path | None = None
         self._peer: Offer | None = None
         self._wc: dict[int, str] = {
             v: k.removeprefix("IBV_WC_") for k, v in vars(enums).items() if k.startswith("IBV_WC_") and k.endswith("_ERR")
@@ -78,6 +81,7 @@ class Verbs:
         """Device, memory and a fresh queue pair, which waits for its peer. Raises: Refused, and pyverbs' errors."""
         self.close()
         port = rdmadevices.find(self.spec.local, self.spec.device)
+        self._node = rdmadevices.node(port.device)
         self._context = Context(name=port.device)
         pd = PD(self._context)
         self._cq = CQ(self._context, 2 * SLOTS)
@@ -105,6 +109,10 @@ class Verbs:
         attr.sq_psn, attr.max_rd_atomic = self._psn, 1
         self._qp.to_rts(attr)
         self._peer = peer
+
+    def leave(self) -> bool:
+        """Whether the device is being removed. Some (rxe) wait for their users before they go, and don't tell them."""
+        return self._context is not None and (self._node is None or not self._node.exists())
 
     def write(self, datagram: bytes) -> None:
         """Into the peer's inbox. Raises: pyverbs' errors (the device is gone)."""
@@ -145,7 +153,7 @@ def serve(verbs: Verbs, sock: socket.socket) -> None:
     """Until the gate is gone."""
     while True:
         busy = verbs.outbox.flying > 0
-        ready, _, _ = select.select([sock], [], [], COMPLETION_POLL_S if busy else None)
+        ready, _, _ = select.select([sock], [], [], COMPLETION_POLL_S if busy else LEAVE_POLL_S)
         if ready:
             packet = sock.recv(1 << 16)
             if not packet:
@@ -154,7 +162,8 @@ def serve(verbs: Verbs, sock: socket.socket) -> None:
                 _write(verbs, sock, packet[1:])
             else:
                 _answer(verbs, sock, msgspec.json.decode(packet))
-        if busy and (what := verbs.failed()):
+        what = (verbs.failed() if busy else "") or ("the device is being removed" if verbs.leave() else "")
+        if what:
             verbs.close()
             _tell(sock, {"down": what})
 

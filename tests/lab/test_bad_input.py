@@ -317,6 +317,16 @@ def test_no_hook(host: Host) -> None:
     assert guest("ping") == "pong"
 
 
+def test_an_rdma_device_where_there_is_none() -> None:
+    """Fails if a device that was named is done without, or if a name that is none is tried."""
+    with unchanged(H1, H2):
+        for command in (("protect",), ("check",)):
+            wanted = (*command, "vm1", "--to", "host2", "--rdma-device")
+            refused(H1, 2, "--rdma-device", '"auto"', command=(*wanted, "no name"))
+            done = H1.mcft(*wanted, "mlx9_0", check=False, timeout=90)
+            assert done.returncode == 4 and "RDMA" in done.stdout + done.stderr, done
+
+
 # ---- while it is protected ----
 
 

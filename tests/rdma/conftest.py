@@ -19,6 +19,12 @@ def pytest_configure(config: pytest.Config) -> None:
         pytest.exit("these tests need root, rdma_rxe and pyverbs: make test-rdma", 2)
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """At once: a VM that runs out of its time tells nothing afterwards."""
+    if report.failed:
+        print(f"\n{report.nodeid}\n{report.longreprtext[-3000:]}", flush=True)
+
+
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """A skipped test has shown nothing: it counts as a failure."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")

@@ -36,6 +36,8 @@ done
 ip rule add pref 10 iif va lookup local; ip rule add pref 10 iif vb lookup local
 ip rule add pref 20 to 10.7.0.2 lookup 101; ip rule add pref 20 to 10.7.0.1 lookup 102
 ip rule add pref 100 lookup local; ip rule del pref 0
+# Without its wire a packet would find the other end by the local table.
+ip route add unreachable 10.7.0.2 table 101 metric 9999; ip route add unreachable 10.7.0.1 table 102 metric 9999
 """
 # Routes and neighbours go with their link.
 ROUTES = """

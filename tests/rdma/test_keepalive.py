@@ -26,8 +26,13 @@ from mcft.gate.loop import boottime_ms
 EVIDENCE = bool(os.environ.get("MCFT_EVIDENCE"))
 
 
-def seen(side: Side, since_ms: float, want: Callable[[dict[str, float]], bool], errors_before: int = 0) -> dict[str, float]:
-    """ms from an event to each sign at this side: the adapter's word, and a loss time of silence by RDMA and by UDP."""
+def seen(
+    side: Side, since_ms: float, want: Callable[[dict[str, float]], bool], errors_before: int = 0
+) -> dict[str, float]:
+    """ms from an event to each sign at this side: the adapter's word, and a loss time of silence by RDMA and by UDP.
+
+    By the gate's own clock readings, so that a test that is itself held up does not spoil them; the verdict's is ours.
+    """
     found: dict[str, float] = {}
     end_ms = boottime_ms() + 30_000
     while not want(found):
@@ -35,11 +40,10 @@ def seen(side: Side, since_ms: float, want: Callable[[dict[str, float]], bool], 
         status = side.status()
         now_ms = boottime_ms() - since_ms
         for row in status["links"]:
-            kind = row.get("kind", "udp")
             if row["age_ms"] is not None and row["age_ms"] > T:
-                found.setdefault(kind, now_ms)
+                found.setdefault(row.get("kind", "udp"), now_ms - row["age_ms"] + T)
             if row.get("errors", 0) > errors_before:
-                found.setdefault("adapter", now_ms)
+                found.setdefault("adapter", now_ms - row["error_age_ms"])
         if status["verdict"]:
             found.setdefault("verdict", now_ms)
         time.sleep(0.005)

@@ -20,6 +20,7 @@ HEALTHY = View(
     peer_closed=False, peer_shutdown_for_ms=0.0, peer_claiming=False, lan_ok=True,
 )  # fmt: skip
 OVERDUE = {"stream_age_ms": DELAY + T + 1}
+ADAPTER = {"rdma_error": "RETRY_EXC_ERR", "rdma_silent_ms": 60000.0}  # a hint, alone worth nothing
 SILENT = {"silent_ms": T + 1, "stream_silent_ms": T + 1}
 
 PRIMARY: list[tuple[dict[str, Any], Act, str]] = [
@@ -52,12 +53,16 @@ PRIMARY: list[tuple[dict[str, Any], Act, str]] = [
     ({"monitor_silent_ms": 60000}, Act.WAIT, "stream alive"),
     ({"stream_age_ms": 60000, "monitor_silent_ms": 60000, "armed": False}, Act.WAIT, "stream overdue"),
     ({"lan_ok": False, **OVERDUE, **SILENT}, Act.BREAK, "silent on every link"),
+    ({**OVERDUE, **ADAPTER}, Act.WAIT, "stream overdue"),
+    ({**OVERDUE, **SILENT, **ADAPTER}, Act.BREAK, "silent on every link for 301 ms (RDMA: RETRY_EXC_ERR)"),
 ]
 STANDBY: list[tuple[dict[str, Any], Act, str]] = [
     ({}, Act.WAIT, "stream alive"),
     ({"armed": False, "peer_qemu": "gone", "peer_closed": True, **SILENT, **OVERDUE}, Act.WAIT, "unarmed standby"),
     ({"armed": False, "stream_dead": "x", "silent_ms": 60000}, Act.WAIT, "unarmed standby"),
     ({"disk_error": "vda", "peer_qemu": "gone", "peer_closed": True}, Act.ALARM, "not whole: vda"),
+    ({**OVERDUE, **ADAPTER}, Act.WAIT, "stream overdue"),
+    ({**OVERDUE, **SILENT, **ADAPTER}, Act.CLAIM, "the stream is overdue (RDMA: RETRY_EXC_ERR)"),
     ({"disk_error": "vda", **SILENT, **OVERDUE}, Act.ALARM, "not whole"),
     ({"own_qemu": "gone", "peer_qemu": "gone", "peer_closed": True}, Act.ALARM, "standby's own QEMU is gone"),
     ({"own_qemu": "unknown"}, Act.ALARM, "own QEMU is gone"),

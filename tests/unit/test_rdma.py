@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from gatelab import GateLab
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -261,6 +262,21 @@ def test_without_pyverbs_nothing_is_tried_again(fakes: None) -> None:
         assert "pyverbs" in two.primary.detail(0)
     finally:
         two.close()
+
+
+def test_a_gate_whose_host_has_no_rdma_goes_on_by_udp() -> None:
+    """The real verbs process: without pyverbs, or without such a device. Fails if the gate says nothing, or waits for it."""
+    spec = RdmaSpec("mcft-none", "127.0.0.1", "127.0.0.1")
+    with GateLab("primary", buffer="none", rdma=spec) as lab:
+        agent = lab.start()
+        status = agent.status_when(lambda s: s["links"][0]["age_ms"] is not None and s["peer"]["record"] == "armed")
+        row = status["links"][1]
+        assert row["kind"] == "rdma" and row["age_ms"] is None and row["detail"]
+        if not rdmadevices.verbs_installed():
+            agent.status_when(lambda s: "pyverbs can't be imported" in s["links"][1]["detail"])
+        with pytest.raises(RuntimeError):
+            agent.ask("rdma-accept", offer={})
+        assert agent.ask("status")["verdict"] is None
 
 
 # ---- the agents' part ----
