@@ -52,7 +52,7 @@ class Site:
     markers: hook.Markers
     hook: hook.HookProof
     ports: Ports
-    arbiters: Arbiters = field(init=False)
+    arbiters: Arbiters = None  # type: ignore[assignment]  # made from the configuration, if not given
     peers: dict[str, PeerLink] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=lambda: {"mcft": __version__})
     runner: Runner = field(default_factory=Runner)
@@ -63,7 +63,7 @@ class Site:
     _tasks: set[asyncio.Task[Any]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.arbiters = Arbiters(self.config)
+        self.arbiters = self.arbiters or Arbiters(self.config)
 
     def peer(self, name: str) -> PeerLink:
         """Raises: NotFound ("no-such-peer"), Refused ("peer-is-self")."""

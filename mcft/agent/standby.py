@@ -186,8 +186,7 @@ class Standby(Copy):
         if self.body.arbiter == "standby":
             return True
         if why := self.arbiter.may_claim():
-            self.event("alarm", f"{self.body.domain} can't be taken over here: {why}", "alarm")
-            self.to_state("protected", f"{reason}; but the arbiter can't decide: {why}")
+            await self._undecidable(reason, why)
             return False
         let_go = "the primary has let go of it" if peer_closed else ""
         if self.qemu_alive():
@@ -205,11 +204,16 @@ class Standby(Copy):
         if standing is Standing.LOST:
             await self._lost(reason)
         elif standing is Standing.UNKNOWN:
-            why = f"the arbiter ({self.body.arbiter}) can't tell who goes on: {self.body.arbiter_trouble}"
-            self.event("alarm", f"{self.body.domain} can't be taken over here: {why}", "alarm")
-            self.to_state("taking-over", f"{reason}; {why}")
-            await self.save()
+            await self._undecidable(reason, self.body.arbiter_trouble)
         return False
+
+    async def _undecidable(self, reason: str, why: str) -> None:
+        """Only an operator gets out of it. Said once."""
+        said = f"{reason}; the arbiter ({self.body.arbiter}) can't tell who goes on: {why}"
+        if self.body.reason != said:
+            self.event("alarm", f"{self.body.domain} can't be taken over here: {said}", "alarm")
+            self.to_state("taking-over", said)
+            await self.save()
 
     async def _lost(self, reason: str) -> None:
         """The arbiter decided for the primary. This copy stays paused until that one has spoken; then it goes."""
