@@ -327,6 +327,14 @@ class Life:
         await self.save()
         self.event("disk", "the overlays of the take-over were committed offline; the disk alone is the truth now")
 
+    async def peer_silent(self) -> bool:
+        """Whether its gate hears nothing of the other side on any link for T. False where nobody knows."""
+        try:
+            links = (await self.gate.ask("status", 1.0))["links"]
+        except Failed:
+            return False
+        return all(link["age_ms"] is None or link["age_ms"] > self.site.config.loss_ms for link in links)
+
     def tell_arbiter(self) -> None:
         """An operator's override is recorded as a claim: the arbiter hears of it as soon as it answers."""
         if self.body.arbiter == "etcd" and (self.arbiter.pending or not self.arbiter.may_claim()):

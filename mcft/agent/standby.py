@@ -6,6 +6,7 @@ A take-over is a decision: carried through, whatever fails in between, and gone 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import Any
 
 from mcft import diskreplica, generations
@@ -198,13 +199,18 @@ class Standby(Copy):
         def waits(why: str) -> None:
             self.to_state("taking-over", f"{reason}; {why}")
 
-        standing = await self.arbiter.claim(let_go=let_go, on_wait=waits)
+        standing = await self.arbiter.claim(let_go=let_go, on_wait=waits, silent=self.peer_silent)
         if standing is Standing.WON:
             return True
         if standing is Standing.LOST:
             await self._lost(reason)
         elif standing is Standing.UNKNOWN:
             await self._undecidable(reason, self.body.arbiter_trouble)
+        elif self.ledger.newest is Kind.ARMED:
+            # Withdrawn, and nothing of it can win: it follows again, or gives up if that is why.
+            self.to_state("protected")
+            with contextlib.suppress(Failed):
+                await self.gate.ask("unclaim", 2.0)
         return False
 
     async def _undecidable(self, reason: str, why: str) -> None:
@@ -345,6 +351,7 @@ class Standby(Copy):
     async def adopt(self) -> None:
         """Go on from the records: follow, take over further, or clean up what no longer stands."""
         newest = self.ledger.newest
+        await self.arbiter.forget_if_void()
         if self.cut_off:
             # Its primary waits in vain for this agent's answer; there may be no gate, monitor or QEMU to adopt.
             await self.site.runner.undo_all(self.steps(), self)
