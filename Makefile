@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 SECONDS ?= 60
 
-.PHONY: help venv lint test-unit test-lab test-plug test-kernel test-rdma sim sim-exhaustive sim-errors test demo bench evidence mutants man clean
+.PHONY: help venv lint test-unit test-lab test-plug test-kernel test-rdma sim sim-exhaustive sim-errors test demo chaos bench evidence mutants man clean
 
 help:
 	@echo 'make demo       lab, protect, power loss, take-over, protect back, planned switch home; ends with a table'
@@ -14,6 +14,7 @@ help:
 	@echo 'make test-rdma  the RDMA keepalive, in a VM (root)'
 	@echo 'make sim        the protocol in a simulated world: SECONDS=60, and SEED=n replays one (docs/correctness.md)'
 	@echo 'make bench      the figures, as ratios within one run'
+	@echo 'make chaos      random real faults in the lab: MINUTES=4, and SEED=n repeats one (root)'
 	@echo 'make evidence   the long versions of the lab tests'
 
 # The stamp changes with the lock file, so a pulled change of dependencies takes effect by itself.
@@ -62,6 +63,11 @@ test: lint test-unit sim test-lab test-plug
 
 demo: venv
 	$(RUN) -m bench.demo
+
+# Random real faults by each arbiter in turn; SEED repeats one.
+MINUTES ?= 4
+chaos: venv
+	$(RUN) -m bench.chaos --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)); status=$$?; lab/lab down; exit $$status
 
 bench: venv
 	$(RUN) -m bench.figures

@@ -34,6 +34,56 @@ class Mutant:
 
 
 MUTANTS = [
+    # ---- arbiters ----
+    Mutant(
+        "arbiter: a missing key in etcd is a win", "mcft/arbiter/etcd.py",
+        'self._end(Standing.UNKNOWN, f"the key {self.key.name} is missing in etcd")',
+        'self._end(Standing.WON, "nobody else has it")',
+        "arbiter_etcd.py::test_a_missing_key_is_unknown",
+    ),
+    Mutant(
+        "arbiter: etcd creates instead of comparing", "mcft/agent/etcdhttp.py",
+        '            {"key": key, "target": "VALUE", "result": "EQUAL", "value": _b64(what.value)},\n'
+        '            {"key": key, "target": "MOD", "result": "EQUAL", "mod_revision": str(what.mod_revision)},\n',
+        '            {"key": key, "target": "CREATE", "result": "GREATER", "create_revision": "0"},\n',
+        "arbitration.py::test_the_three_questions",
+    ),
+    Mutant(
+        "arbiter: etcd's revision may go back", "mcft/arbiter/etcd.py",
+        "if reply.revision < self.revision:", "if reply.revision < 0:",
+        "arbiter_etcd.py::test_an_etcd_that_went_back_is_unknown",
+    ),
+    Mutant(
+        "arbiter: a claim is sent before it is durable", "mcft/agent/arbitration.py",
+        "                body.claim = intent\n                await self.life.save()\n", "                body.claim = intent\n",
+        "arbitration.py::test_the_claim_id_is_on_disk_before_it_is_sent",
+    ),
+    Mutant(
+        "arbiter: a claim that may have been sent is withdrawn", "mcft/arbiter/etcd.py",
+        "and not self._unanswered and self._out is None:", "and self._out is None:",
+        "arbiter_etcd.py::test_the_answer_that_was_lost_was_a_win",
+    ),
+    Mutant(
+        "arbiter: an `off` that says ok is a host that is off", "mcft/arbiter/fence.py",
+        "        if self.standing is not Standing.OPEN or isinstance(ask.what, Off):\n            return\n",
+        '        if isinstance(ask.what, Off) and reply.state != "unknown":\n            self.standing = Standing.WON\n'
+        "        if self.standing is not Standing.OPEN or isinstance(ask.what, Off):\n            return\n",
+        "arbiter_fence.py::test_unverified_is_not_fenced",
+    ),
+    Mutant(
+        "arbiter: a status that can't tell is off", "mcft/agent/fenceagent.py",
+        '"off" if code == 2 else "unknown"', '"off"', "arbitration.py::test_only_status_says_off",
+    ),
+    Mutant(
+        "arbiter: both hosts shoot at once", "mcft/arbiter/fence.py",
+        'delay_ms if intent.side == "standby" and not sent_before else 0.0', "0.0",
+        "arbiter_fence.py::test_the_standby_waits_longer",
+    ),
+    Mutant(
+        "arbiter: a fencing outlives the host that began it", "mcft/agent/arbitration.py",
+        'if self.kind == "fence" and self.pending and not self.life.qemu_alive():', "if False:",
+        "arbitration.py::test_a_fencing_does_not_outlive_the_host_that_began_it",
+    ),
     # ---- the kernel's plug ----
     Mutant(
         "an IFB that was set down is trusted", "mcft/plugjudge.py",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from mcft import api
@@ -31,6 +31,9 @@ PROTECT_S = 5.0  # how long `protect` waits for the arbiter
 KEEP_SEEN_EVERY_MS = 10_000.0
 WATCHED = (Kind.ARMING, Kind.PROTECTED, Kind.ARMED)
 LOOK_EVERY_S = 0.1
+
+
+Silent = Callable[[], Awaitable[bool]]
 
 
 class Arbiters:
@@ -165,6 +168,12 @@ class Arbitration:
             return "no key was made yet"
         return body.arbiter_trouble if body.claim is None else ""
 
+    async def forget_if_void(self) -> None:
+        """At the agent's start. A host that was off itself may have been switched off *by a winner*: that the other is off by
+        then tells nothing. So a fencing that was begun is void once this side's QEMU is gone."""
+        if self.kind == "fence" and self.pending and not self.life.qemu_alive():
+            await self._forget_claim()
+
     @property
     def pending(self) -> bool:
         """A claim may have been sent, and is not resolved."""
@@ -179,10 +188,13 @@ class Arbitration:
         await self._forget_claim()
         return True
 
-    async def claim(self, *, let_go: str = "", on_wait: Callable[[str], None] = lambda _why: None) -> Standing | None:
+    async def claim(
+        self, *, let_go: str = "", on_wait: Callable[[str], None] = lambda _why: None, silent: Silent | None = None
+    ) -> Standing | None:
         """Claim g, or go on with a claim that was begun. None: it was withdrawn meanwhile. Raises what the store raises.
 
         let_go: the other side's word that it never claims. on_wait: told why it takes long, whenever that changes.
+        silent: whether the other side still is; asked before each `off` that would be sent.
         """
         body = self.life.body
         if begun := body.claim is not None:
@@ -198,6 +210,9 @@ class Arbitration:
         told = ""
         while claim.standing is Standing.OPEN:
             if self.current is not claim:
+                return None
+            if isinstance(claim, FenceClaim) and silent is not None and not await silent() and claim.withdraw():
+                await self._forget_claim()
                 return None
             ask = claim.next(boottime_ms())
             if ask is None:

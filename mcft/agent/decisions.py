@@ -255,11 +255,7 @@ class Deciding(Setup):
         """The standby is silent on every link for T, and this side has a guest that could go on (`protocol.md`)."""
         if self.arbiter.may_claim() or self.ledger.newest not in (Kind.ARMING, Kind.PROTECTED) or not self.qemu_alive():
             return False
-        try:
-            links = (await self.gate.ask("status", 1.0))["links"]
-        except Failed:
-            return False  # nobody knows whether it is silent
-        return all(link["age_ms"] is None or link["age_ms"] > self.site.config.loss_ms for link in links)
+        return await self.peer_silent()
 
     async def _claim(self, reason: str) -> Standing | None:
         """The gate is closed, for good in this generation, before anything is sent."""
@@ -269,7 +265,7 @@ class Deciding(Setup):
         def waits(why: str) -> None:
             self.to_state("muted", f"{reason}; {why}")
 
-        standing = await self.arbiter.claim(on_wait=waits)
+        standing = await self.arbiter.claim(on_wait=waits, silent=self.peer_silent)
         if standing is Standing.UNKNOWN:
             why = f"the arbiter ({self.body.arbiter}) can't tell who goes on: {self.body.arbiter_trouble}"
             self.to_state("muted", f"{reason}; {why}")

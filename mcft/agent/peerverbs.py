@@ -158,7 +158,8 @@ class PeerVerbs:
         """The primary has resigned, its gate is closed and its guest stands."""
         about, life = self._instance(peer, body) if self._holds(body) else (msgspec.json.decode(body, type=model.About), None)
         if life is not None and life.ledger.newest is Kind.ARMED:
-            if life.qemu_alive():
+            # An arbiter that can't tell gives nobody the generation; by word it goes back to whom it came from.
+            if life.qemu_alive() and not life.arbiter.may_claim():
                 life.begin_take("planned switch", peer_closed=True)
             else:
                 await life.give_up(msgspec.structs.replace(about, qemu_runs=True))

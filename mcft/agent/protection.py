@@ -178,6 +178,7 @@ class Primary(Deciding):
     async def adopt(self) -> None:
         """Go on from the records. A set-up that was cut off before arming is undone; what is armed is watched again."""
         newest = self.ledger.newest
+        await self.arbiter.forget_if_void()
         if self.ledger.won and self.arbiter.pending:
             self.tell_arbiter()
         if not self.ledger.won and newest in (None, Kind.PREPARING):

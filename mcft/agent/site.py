@@ -52,7 +52,7 @@ class Site:
     markers: hook.Markers
     hook: hook.HookProof
     ports: Ports
-    arbiters: Arbiters = field(init=False)
+    arbiters: Arbiters = None  # type: ignore[assignment]  # made from the configuration, if not given
     peers: dict[str, PeerLink] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=lambda: {"mcft": __version__})
     runner: Runner = field(default_factory=Runner)
@@ -63,7 +63,7 @@ class Site:
     _tasks: set[asyncio.Task[Any]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.arbiters = Arbiters(self.config)
+        self.arbiters = self.arbiters or Arbiters(self.config)
 
     def peer(self, name: str) -> PeerLink:
         """Raises: NotFound ("no-such-peer"), Refused ("peer-is-self")."""
@@ -326,6 +326,14 @@ class Life:
         self.site.markers.free(self.body.uuid)
         await self.save()
         self.event("disk", "the overlays of the take-over were committed offline; the disk alone is the truth now")
+
+    async def peer_silent(self) -> bool:
+        """Whether its gate hears nothing of the other side on any link for T. False where nobody knows."""
+        try:
+            links = (await self.gate.ask("status", 1.0))["links"]
+        except Failed:
+            return False
+        return all(link["age_ms"] is None or link["age_ms"] > self.site.config.loss_ms for link in links)
 
     def tell_arbiter(self) -> None:
         """An operator's override is recorded as a claim: the arbiter hears of it as soon as it answers."""

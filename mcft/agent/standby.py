@@ -6,6 +6,7 @@ A take-over is a decision: carried through, whatever fails in between, and gone 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import Any
 
 from mcft import diskreplica, generations
@@ -186,8 +187,7 @@ class Standby(Copy):
         if self.body.arbiter == "standby":
             return True
         if why := self.arbiter.may_claim():
-            self.event("alarm", f"{self.body.domain} can't be taken over here: {why}", "alarm")
-            self.to_state("protected", f"{reason}; but the arbiter can't decide: {why}")
+            await self._undecidable(reason, why)
             return False
         let_go = "the primary has let go of it" if peer_closed else ""
         if self.qemu_alive():
@@ -199,17 +199,27 @@ class Standby(Copy):
         def waits(why: str) -> None:
             self.to_state("taking-over", f"{reason}; {why}")
 
-        standing = await self.arbiter.claim(let_go=let_go, on_wait=waits)
+        standing = await self.arbiter.claim(let_go=let_go, on_wait=waits, silent=self.peer_silent)
         if standing is Standing.WON:
             return True
         if standing is Standing.LOST:
             await self._lost(reason)
         elif standing is Standing.UNKNOWN:
-            why = f"the arbiter ({self.body.arbiter}) can't tell who goes on: {self.body.arbiter_trouble}"
-            self.event("alarm", f"{self.body.domain} can't be taken over here: {why}", "alarm")
-            self.to_state("taking-over", f"{reason}; {why}")
-            await self.save()
+            await self._undecidable(reason, self.body.arbiter_trouble)
+        elif self.ledger.newest is Kind.ARMED:
+            # Withdrawn, and nothing of it can win: it follows again, or gives up if that is why.
+            self.to_state("protected")
+            with contextlib.suppress(Failed):
+                await self.gate.ask("unclaim", 2.0)
         return False
+
+    async def _undecidable(self, reason: str, why: str) -> None:
+        """Only an operator gets out of it. Said once."""
+        said = f"{reason}; the arbiter ({self.body.arbiter}) can't tell who goes on: {why}"
+        if self.body.reason != said:
+            self.event("alarm", f"{self.body.domain} can't be taken over here: {said}", "alarm")
+            self.to_state("taking-over", said)
+            await self.save()
 
     async def _lost(self, reason: str) -> None:
         """The arbiter decided for the primary. This copy stays paused until that one has spoken; then it goes."""
@@ -341,6 +351,7 @@ class Standby(Copy):
     async def adopt(self) -> None:
         """Go on from the records: follow, take over further, or clean up what no longer stands."""
         newest = self.ledger.newest
+        await self.arbiter.forget_if_void()
         if self.cut_off:
             # Its primary waits in vain for this agent's answer; there may be no gate, monitor or QEMU to adopt.
             await self.site.runner.undo_all(self.steps(), self)

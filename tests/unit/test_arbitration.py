@@ -18,7 +18,7 @@ from aiohttp import web
 from mcft.agent import arbitration, etcdhttp, fenceagent, model
 from mcft.agent.arbitration import Arbiters, Arbitration
 from mcft.agent.etcdhttp import EtcdHttp, NoReply
-from mcft.arbiter.base import Standing
+from mcft.arbiter.base import Intent, Standing
 from mcft.arbiter.etcd import Create, Key, Read, Seen, Swap, Word
 from mcft.arbiter.fence import Monitor, Off, Power, Status
 from mcft.config import Config, Etcd, FenceDevice
@@ -369,3 +369,57 @@ async def test_a_fence_agent_that_hangs_is_ended(tmp_path: Path, monkeypatch: py
 
 def test_json_of_a_word_is_always_the_same() -> None:
     assert json.loads(Word("a", 1, "primary").text()) == {"claim": "a", "g": 1, "owner": "primary"}
+
+
+# ---- fence, as the simulation taught it ----
+
+
+class Device:
+    """A fence device: h2 is on until it is shot."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.off = False
+
+    async def ask(self, _kind: str, _peer: str, ask: Any) -> Power:
+        self.asked.append(type(ask.what).__name__)
+        self.off = self.off or isinstance(ask.what, Off)
+        return Power("off" if self.off and isinstance(ask.what, Status) else "on")
+
+
+def fencing(side: str = "primary", alive: bool = True) -> tuple[FakeLife, Device]:
+    device = Device()
+    config = Config(name="host1", fence={"host2": FenceDevice("fence_test", (), 0)})
+    life = FakeLife(SimpleNamespace(arbiters=device, config=config), "fence", side)
+    life.qemu_alive = lambda: alive  # type: ignore[attr-defined]
+    return life, device
+
+
+async def yes() -> bool:
+    return True
+
+
+async def no() -> bool:
+    return False
+
+
+@pytest.mark.asyncio
+async def test_a_host_that_speaks_again_is_not_shot() -> None:
+    """Fails if an `off` is sent although the reason for it is over."""
+    life, device = fencing()
+    assert await life.arbiter.claim(silent=no) is None
+    assert not device.asked and not life.arbiter.pending and life.saved[-1].claim is None
+    assert await life.arbiter.claim(silent=yes) is Standing.WON and device.asked == ["Off", "Status"]
+
+
+@pytest.mark.asyncio
+async def test_a_fencing_does_not_outlive_the_host_that_began_it() -> None:
+    """A standby in its delay was shot by the primary; it boots, and shoots the winner (the simulation's seed 5009).
+
+    Fails if a claim that was begun before this host was off goes on after it.
+    """
+    for alive in (True, False):
+        life, device = fencing("standby", alive)
+        life.body.claim = Intent("i", "standby", 3)
+        await life.arbiter.forget_if_void()
+        assert life.arbiter.pending is alive and not device.asked
