@@ -38,8 +38,7 @@ def one(seed: int, rounds: list[list[Fault]], *, trace: bool = False) -> tuple[W
             play.until_it_flows(world)
             if number + 1 == len(rounds):
                 play.until_protected(world)
-            if said := world.oracle.settled():
-                raise Violation("no half set-up", said)
+            play.until_settled(world)
             world.note("world", f"round {number + 1} is over")
     except Violation as violation:
         found = violation
