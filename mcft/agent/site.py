@@ -297,6 +297,8 @@ class Life:
         try:
             await overlays.await_committed(self.qmp, self.body.disks, COMMIT_DEADLINE_S)
         except Failed as error:
+            if error.code != "not-committed":
+                raise  # libvirtd is away, say: tried again by whoever carries this through
             self.event("alarm", str(error), "alarm")
             return
         await diskreplica.drop_overlays(self.qmp, self.body.disks, self.body.g)

@@ -101,6 +101,7 @@ class SimStore:
                     new += 1
                     here.world.note(self.host.name, f"record {kind}({g}) on the {side}'s disk")
                     here.world.oracle.recorded(self.host, pid, g, side, kind, detail)
+                    here.world.moment("record", self.host)
             if new:
                 self._disk["generation"][uuid] = max(g, self._disk["generation"].get(uuid, 0))
                 if body is not None:

@@ -38,6 +38,7 @@ KINDS: dict[str, float] = {
     "QEMU hangs": 0.7, "wall clock steps": 1, "the guest shuts down": 1, "virsh destroy": 0.7, "virsh suspend and resume": 1.5,
     "mcft failover": 2, "mcft solo": 1, "mcft solo --peer-is-off": 0.7, "mcft failover --force --peer-is-off": 0.5,
     "mcft unprotect": 1, "mcft protect": 1.5, "mcft maintenance": 0.8, "mcft start": 1.0, "mcft start --accept-lost-data": 0.3,
+    "at the next record": 5, "between acknowledgement and release": 3, "while the overlays are committed": 2,
     "arbiter away": 3, "arbiter slow": 2, "arbiter wiped": 0.5, "arbiter rolled back": 0.5,
 }  # fmt: skip
 
@@ -73,6 +74,7 @@ def mend(world: World) -> None:
     """Everything as it should be: power, cables, disks."""
     world.note("world", "everything is mended")
     world.mended += 1
+    world.moments = {kind: [] for kind in world.moments}
     for host in world.hosts:
         host.thaw()
         host.machine.disk_fails = host.machine.qemu_hangs = host.machine.store_fails = False
@@ -302,6 +304,52 @@ def _accept(world: World, host: Host, fault: Fault) -> None:
         play.act(host, "start", accept_lost_data=True)
 
 
+def _at(world: World, kind: str, what: Callable[[Host], None]) -> None:
+    mended = world.mended
+    world.moments[kind].append(lambda host: what(host) if world.mended == mended else None)
+
+
+def _at_record(world: World, host: Host, fault: Fault) -> None:
+    """It is on the disk, and who wrote it does not know it yet."""
+
+    def then(writer: Host) -> None:
+        act = [_agent, _freeze, _power, _gate][fault.more]
+        act(world, writer, fault)
+
+    _at(world, "record", then)
+
+
+def _before_release(world: World, host: Host, fault: Fault) -> None:
+    """The standby has the checkpoint; the primary's gate, or its host, stands still before it hears of it, or just after."""
+
+    def then(standby: Host) -> None:
+        ms = max(fault.ms, 350.0)
+        delay = world.rng.random() * 1.2
+        if fault.more < 2:
+            _later(world, delay, lambda: _stop_gate(world, standby.other, Fault(0, "", 0, ms + 3000.0)))
+        else:
+            _later(world, delay, lambda: _freeze(world, standby.other, Fault(0, "", 0, ms, fault.more)))
+
+    _at(world, "acknowledged", then)
+
+
+def _in_commit(world: World, host: Host, fault: Fault) -> None:
+    def then(where: Host) -> None:
+        act = [_qemu, _power, _agent, _freeze][fault.more]
+        _later(world, world.rng.random() * 250.0, lambda: act(world, where, fault))
+
+    _at(world, "commit", then)
+    if fault.host == 0:
+        _qemu_primary(world)
+
+
+def _qemu_primary(world: World) -> None:
+    for host in world.hosts:
+        for qemu in host.machine.qemus():
+            if qemu.colo == "primary":
+                qemu.proc.kill()
+
+
 def _arbiter_away(world: World, host: Host, fault: Fault) -> None:
     etcd = world.etcd
     if fault.more == 3:
@@ -343,6 +391,8 @@ _HOW: dict[str, Callable[[World, Host, Fault], None]] = {
     "virsh suspend and resume": _suspend, "mcft failover": _failover, "mcft solo": _solo,
     "mcft solo --peer-is-off": _solo_off, "mcft failover --force --peer-is-off": _failover_off, "mcft unprotect": _unprotect,
     "mcft protect": _protect, "mcft maintenance": _maintenance, "mcft start": _start,
-    "mcft start --accept-lost-data": _accept, "arbiter away": _arbiter_away, "arbiter slow": _arbiter_slow,
+    "at the next record": _at_record, "between acknowledgement and release": _before_release,
+    "while the overlays are committed": _in_commit, "mcft start --accept-lost-data": _accept,
+    "arbiter away": _arbiter_away, "arbiter slow": _arbiter_slow,
     "arbiter wiped": _arbiter_wiped, "arbiter rolled back": _arbiter_back,
 }  # fmt: skip

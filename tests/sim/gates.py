@@ -240,6 +240,7 @@ class SimMonitor(Monitor):
     qemu: Qemu | None = None
     proc: GateProc | None = None
     inbox: deque[Message] = field(default_factory=deque)
+    flight: deque[Message] = field(default_factory=deque)
     _eof: bool = False
     _greeted: bool = False
     _sent_at: float = 0.0
@@ -252,7 +253,7 @@ class SimMonitor(Monitor):
             raise MonitorGone(f"monitor {self.path}: no such file")
         self.close()
         self._opening = Sock(self.proc)  # type: ignore[assignment]
-        self.inbox, self._eof, self._greeted = deque(), False, False
+        self.inbox, self.flight, self._eof, self._greeted = deque(), deque(), False, False
         if qemu.monitor is None:
             qemu.monitor, self.qemu = self, qemu
             host.world.at(0.3, host.machine.kernel, self._greet)
@@ -297,12 +298,17 @@ class SimMonitor(Monitor):
 
     def flush(self) -> None: ...
 
-    def arrive(self, message: Message) -> None:
-        self.inbox.append(message)
+    def arrive(self) -> None:
+        if not self.flight:
+            return
+        self.inbox.append(self.flight.popleft())
         if self.proc is not None and self.sock is not None:
             self.proc.ready(self.sock)
 
     def lost(self) -> None:
+        """QEMU is dead. What it had written is in the socket."""
+        self.inbox += self.flight
+        self.flight.clear()
         self._eof = True
         if self.proc is not None and self.proc.alive:
             sock = self.sock or self._opening

@@ -142,6 +142,15 @@ def until_protected(world: World) -> None:
         world.run(world.now + 50.0)
 
 
+def until_settled(world: World) -> None:
+    """Nothing is half made or half undone for long. Raises: Violation."""
+    end = world.now + 8000.0
+    while said := world.oracle.settled():
+        if world.now > end:
+            raise Violation("no half set-up", said)
+        world.run(world.now + 100.0)
+
+
 def work_is_done(world: World) -> None:
     """Whoever put a host into maintenance takes it out again."""
     for host in world.hosts:

@@ -428,6 +428,7 @@ class Qemu:
                 overlay.content, overlay.flushed = None, True
         self.loading = self.half = False
         self.runstate = "paused"
+        self.world.moment("acknowledged", self.host)
         if stream.open:
             stream.send(self, lambda: stream.ends[0].loaded(stream))
         self.start_running()
@@ -454,7 +455,8 @@ class Qemu:
             delay += rng.random() * self.world.slow_monitor_ms
         at = max(self.world.now + delay, self._monitor_at)
         self._monitor_at = at
-        self.world.at(at - self.world.now, self.host.machine.kernel, self.monitor.arrive, message)
+        self.monitor.flight.append(message)
+        self.world.at(at - self.world.now, self.host.machine.kernel, self.monitor.arrive)
 
     def main_loop_hangs(self) -> bool:
         return self.host.machine.qemu_hangs or (
@@ -644,6 +646,7 @@ class Qemu:
                 self.stream.close(self)
             self.world.at((40.0 + 160.0 * self.world.rng.random()) * self.world.slow_commit, self.proc, self._commit)
             image = self.image()
+            self.world.moment("commit", self.host)
             if self._overlay(0) is not None and self._overlay(1) is not None:
                 image.torn = image.torn or "committing"
         else:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import random
 import sys
 import time
 import traceback
@@ -25,17 +26,19 @@ def one(seed: int, rounds: list[list[Fault]], *, trace: bool = False) -> tuple[W
     try:
         world.run(2500.0)
         play.protect(world.hosts[0])
-        play.until_protected(world)
         for number, planned in enumerate(rounds):
+            # Sometimes what goes wrong goes wrong in the middle of protecting.
+            if random.Random(seed * 8 + number).random() < 0.65:
+                play.until_protected(world)
             for fault in planned:
                 world.at(fault.at_ms, world.outside, faults.apply, world, fault)
             last = max((fault.at_ms for fault in planned), default=0.0)
             world.run(world.now + last + SETTLE_MS * (1 + number % 2))
             faults.mend(world)
             play.until_it_flows(world)
-            play.until_protected(world)
-            if said := world.oracle.settled():
-                raise Violation("no half set-up", said)
+            if number + 1 == len(rounds):
+                play.until_protected(world)
+            play.until_settled(world)
             world.note("world", f"round {number + 1} is over")
     except Violation as violation:
         found = violation

@@ -154,6 +154,7 @@ class World:
         self.auto_protect = True
         self.arbiter = "standby"
         self.mended = 0
+        self.moments: dict[str, list[Callable[[Host], None]]] = {"record": [], "commit": [], "acknowledged": []}
         self.fence_works, self.fence_lies = [True, True], False
         self.hosts = [Host(self, "host1", 0), Host(self, "host2", 1)]
         self.hosts[0].other, self.hosts[1].other = self.hosts[1], self.hosts[0]
@@ -190,6 +191,13 @@ class World:
             if self.found is not None:
                 raise self.found
         self.now = max(self.now, until_ms)
+
+    def moment(self, kind: str, host: Host) -> None:
+        """Something has just happened there that a fault waits for."""
+        if waiting := self.moments[kind]:
+            self.moments[kind] = []
+            for call in waiting:
+                self.at(0.0, self.outside, call, host)
 
     # ---- the cables ----
 
