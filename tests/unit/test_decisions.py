@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import MagicMock, patch
 
 import pytest
 
+from mcft.agent.decisions import Deciding
 from mcft.failover import BUFFER_BROKEN
-
-# (The bridge imports libvirt, a C library of the distribution: not here, and not needed.)
-with patch.dict(sys.modules, {"mcft.libvirt_bridge": MagicMock()}):
-    from mcft.agent.decisions import Deciding
 
 
 class Decided(Deciding):

@@ -5,22 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 import time
-import types
 from dataclasses import replace
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 
+from mcft.agent.hook import Markers, boot_id
 from mcft.config import Config
-
-# The agent's module speaks to libvirt as well, which is not needed to write the files that the hook reads.
-_bridge = types.ModuleType("mcft.libvirt_bridge")
-_bridge.LibvirtHost = object  # type: ignore[attr-defined]
-with patch.dict(sys.modules, {"mcft.libvirt_bridge": _bridge}):
-    from mcft.agent.hook import Markers, boot_id
 
 UUID, OTHER = "0a1b2c3d-1111-2222-3333-444455556666", "ffffffff-1111-2222-3333-444455556666"
 HOOK = Path(__file__).resolve().parents[2] / "mcft" / "hook.sh"
