@@ -11,6 +11,7 @@ take_lock() {
 # What all instances share is built by one at a time, and the tree never under the hosts that another one runs on it.
 build_shared() {
     local other
+    [ -z "${MCFT_LAB_BUILT:-}" ] || return 0 # lab/uml has had it built, outside
     exec 8> "$CACHE/lock.build"
     flock -w 600 8 || die "another instance has been building for 10 minutes"
     machine_packages
