@@ -165,7 +165,6 @@ def test_connected_again_after_a_gates_restart(pair: Pair, who: str) -> None:
     until(lambda: not Path(f"/proc/{verbs}").exists(), lambda: "the verbs process outlives its gate")
     side.start()
     pair.connected()
-    assert all(side.status()["verdict"] is None for side in pair.sides)
 
 
 def test_its_verbs_process_may_die(pair: Pair) -> None:
@@ -174,7 +173,6 @@ def test_its_verbs_process_may_die(pair: Pair) -> None:
     os.kill(pair.standby.processes()[1], signal.SIGKILL)
     until(lambda: pair.standby.rdma()["connections"] > before, pair.standby.rdma)
     pair.connected()
-    assert all(side.status()["verdict"] is None for side in pair.sides)
 
 
 def test_nothing_grows(fabric: Fabric, pair: Pair) -> None:
