@@ -26,6 +26,7 @@ from mcft.libvirt_bridge import DomainInfo
 from mcft.units import DELAY_MAX_MS, DELAY_MIN_MS
 
 TAKEN_WITHIN_S = 30.0
+AT_REST_WITHIN_S = 10.0  # how long a new protection waits for what came before it
 OWNER_STATES = ("solo", "active", "stopped", "unprotected")
 
 
@@ -251,6 +252,11 @@ class Core:
         domain = await self.site.host.info(request.domain)
         theirs = await self.site.ask(peer, "records", model.About(domain.uuid, domain=domain.name), model.Records, 5.0)
         previous = self.lives.get(domain.uuid)
+        if previous is not None and not await previous.at_rest(AT_REST_WITHIN_S):
+            raise Refused(
+                "not-settled", f"what came before is not over yet for {domain.name}: it is {previous.body.state}",
+                previous.body.reason, f"mcft events {domain.name}; then try again",
+            )  # fmt: skip
         if theirs.maintenance:
             raise maintenance.refuse(peer)
         if theirs.running:
@@ -353,6 +359,7 @@ class Core:
         if isinstance(life, Primary):
             return life
         primary = Primary(self.site, life.body, life.ledger)
+        primary.deciding, primary.tidying = life.deciding, life.tidying
         primary.on_gone = self.gone
         self.lives[life.body.uuid] = primary
         return primary

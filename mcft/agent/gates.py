@@ -110,13 +110,16 @@ class GateLink:
             raise Failed("gate", f"the gate did not answer '{do}' within {timeout_s:g} s") from None
 
     async def insist(self, do: str, timeout_s: float = 10.0, **fields: Any) -> Any:
-        """`ask`, again and again while the gate is away: systemd restarts it. Raises: Failed ("gate-refused")."""
+        """`ask`, again and again while the gate is away: systemd restarts it.
+
+        Raises: Failed ("gate-refused"; "gate" if it was ended meanwhile: without its state file it never comes back).
+        """
         while True:
             try:
                 await self.adopt()
                 return await self.ask(do, timeout_s, **fields)
             except Failed as error:
-                if error.code != "gate":
+                if error.code != "gate" or not os.path.exists(self.state_path):
                     raise
                 await asyncio.sleep(0.02)
 

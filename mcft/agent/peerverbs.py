@@ -18,6 +18,8 @@ from mcft.agent.standby import Standby
 from mcft.errors import NotFound, Refused, Usage
 from mcft.generations import Kind, Ledger
 
+AT_REST_WITHIN_S = 10.0  # less than a primary waits for its answer
+
 if TYPE_CHECKING:
     from mcft.agent.core import Core
 
@@ -108,6 +110,11 @@ class PeerVerbs:
     async def _prepare_once(self, peer: str, request: model.Prepare) -> msgspec.Struct:
         life = self.core.lives.get(request.uuid)
         await self.core.may_receive(peer, request, life)
+        if life is not None and not await life.at_rest(AT_REST_WITHIN_S):
+            raise Refused(
+                "busy-there", f"on {self.site.config.name} what came before is not over yet for {request.domain}",
+                f"it is {life.body.state}: {life.body.reason}", "try again",
+            )  # fmt: skip
         highest = await self.site.store.highest_generation(request.uuid)
         if request.g <= highest:
             raise Refused("old-generation", f"generation {request.g} of {request.domain} is not newer than {highest} here")

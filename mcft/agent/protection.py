@@ -64,7 +64,11 @@ class Primary(Deciding):
                         f"if {self.body.peer} is certainly off: mcft solo {self.body.domain} --peer-is-off",
                     ) from None  # fmt: skip
             self.decide(lambda: self._resolve(why), why)
-            await self.gate.insist("yank")
+            try:
+                await self.gate.insist("yank")
+            except Failed:
+                if not self.ledger.won:  # decided meanwhile, and its gate taken away
+                    raise
         else:
             self.decide(lambda: self._resolve(why), why)
         await self._decided()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import shutil
@@ -119,6 +120,7 @@ class Life:
         self.peer_known: model.Records | None = None
         self._recording = asyncio.Lock()
         self.deciding: asyncio.Task[Any] | None = None
+        self.tidying = asyncio.Lock()  # held while a copy that is void is cleaned up
 
     # ---- durable ----
 
@@ -209,6 +211,19 @@ class Life:
                     step = self.go_on
 
         self.deciding = self.site.spawn(until_done(), name)
+
+    async def at_rest(self, within_s: float) -> bool:
+        """Whether nothing of this instance is at work any more, waited for at most within_s.
+
+        Before that no other may take its place: gate, QEMU, start marker and stored body are found by the domain alone.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                if self.deciding is not None:
+                    await asyncio.wait({self.deciding})
+                async with self.tidying:
+                    return True
+        return False
 
     async def stop_deciding(self) -> None:
         """An operator's override takes the place of what was being decided."""

@@ -117,6 +117,10 @@ class Standby(Copy):
 
     async def _clean_up(self, *, taken: bool = False) -> None:
         """The copy is void: its QEMU, gate and overlays go, its disk stays, labelled stale."""
+        async with self.tidying:
+            await self._tidy(taken)
+
+    async def _tidy(self, taken: bool) -> None:
         if taken:
             await self.qemu_gone()
         for work in (self._destroy, self._end_gate, self.clear_quickack):
@@ -338,7 +342,7 @@ class Standby(Copy):
         elif not self.ledger.spoken:
             await self._give_back("its QEMU is gone")
         elif self.body.overlays_g or self.body.role == "standby":
-            if self.qemu_alive():
+            if self.qemu_alive() and self.gate.load_state() is not None:  # its end comes after the overlays' commit
                 await self.gate.insist("speak")
             self.to_state("active", self.body.reason)
             await self._settle()
