@@ -12,17 +12,15 @@ import time
 import xml.etree.ElementTree as ET
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from mcft.agent import diskfiles, domainxml, model, rdma
+from mcft.agent import diskfiles, domainxml, mccheck, model, rdma
 from mcft.agent.findings import Findings
 from mcft.agent.qemuprobe import QemuProbe, trustworthy
 from mcft.api import Finding
-from mcft.engines.colo import Colo
 from mcft.errors import Failed, McftError, Refused
-from mcft.qmp_passthrough import Qmp
 from mcft.units import format_bytes
 
 if TYPE_CHECKING:  # so that it can be tested without libvirt
@@ -328,8 +326,11 @@ async def engine(scene: Scene, probe: QemuProbe) -> Finding:
     if not trustworthy(probe.path):
         why = "only a file that root alone can write is started for that"
         return Finding("warning", "engine-there", f"the QEMU of {scene.host} was not asked whether it can follow", why)
+    if scene.request.engine == "mc" and (finding := mccheck.kernel_finding()):
+        says, why_not, so = finding
+        return Finding("warning", "sock-destroy", f"{scene.host}: {says}", why_not, so)
     async with probe:
-        if refusal := await Colo().unsupported(cast(Qmp, probe)):  # it only executes
+        if refusal := await mccheck.unsupported(probe, scene.request.engine, scene.request.mc):
             raise Refused("engine", f"{scene.host} can't follow {scene.request.domain}", refusal)
     return Finding("ok", "engine-there", f"the QEMU of {scene.host}, {probe.version}, can follow")
 
