@@ -189,7 +189,7 @@ class Checker:
                 continue  # refused as a device already
             try:
                 if self.life is not None and self.life.body.engine == "mc":
-                    ways.add(await mccheck.choose_buffer(asked, [nic], self.config.arbiter))
+                    ways.add(await mccheck.choose_buffer(asked, [nic], self.life.body.arbiter))
                 else:
                     ways.add(await buffers.choose(asked, [nic]))
             except Refused as refusal:

@@ -80,7 +80,7 @@ async def look(core: Core, peer: str, ask: Ask) -> Found:
     await findings.tried(core.may_receive(peer, request, core.lives.get(request.uuid)))
     proof = site.hook.prove(scene.host, domainxml.machine(request.persistent_xml))
     await findings.tried(proof, "hook", f"libvirt calls mcft's hook on {scene.host}")
-    probe = QemuProbe(scene.of_domain()[0] or "")
+    probe = QemuProbe(scene.of_domain()[0] or "", old=request.engine == "mc")
     for work in (*(check(scene) for check in (*FITS, overwrite)), engine(scene, probe)):
         if (finding := await findings.tried(work)) is not None:
             findings.found.append(finding)

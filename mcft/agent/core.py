@@ -274,7 +274,7 @@ class Core:
         if body.engine == "mc":
             live = await self.site.host.xml(body.uuid)
             await mccheck.refuse(life, live, config)
-            body.buffer = await mccheck.choose_buffer(asked, body.nics, config.arbiter)
+            body.buffer = await mccheck.choose_buffer(asked, body.nics, body.arbiter)
             body.second_monitor = mccheck.second_monitor(live)
             await life.choose_rdma()
         else:
