@@ -6,27 +6,13 @@ A guest without a disk of the host's. This machine's kernel has no plug, and tha
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 
 import pytest
+from mcworld import TLS_OFF, definition, without_tls
 from world import H1, H2, HOSTS, REPO, configured, guest_answers, lab, link, now, protect, redefined, until
 
-EMULATOR = "/opt/mcft/tests/mcqemu/emulator"
-OFFLOADS = "virtio-net-pci.ctrl_guest_offloads=off"
-TLS_OFF = "printf '\\n[tls]\\nstreams = \"off\"\\n' >> $file"
 pytestmark = pytest.mark.skipif(not (REPO / "tests/mcqemu/emulator").exists(), reason="the stand-in is not in this tree")
-
-
-def definition(*, offloads: str = OFFLOADS) -> str:
-    """vm1 by the stand-in, without its disk."""
-    xml = (REPO / "lab" / "vm1.xml").read_text(encoding="utf-8")
-    xml = re.sub(r"<disk .*?</disk>", "", xml, flags=re.DOTALL)
-    xml = re.sub(r"<emulator>.*</emulator>", f"<emulator>{EMULATOR}</emulator>", xml)
-    words = "".join(f"<qemu:arg value='{word}'/>" for word in ("-global", offloads)) if offloads else ""
-    more = f"<qemu:commandline>{words}</qemu:commandline></domain>" if words else "</domain>"
-    xml = xml.replace("<domain type='qemu'>", "<domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>")
-    return xml.replace("</domain>", more)
 
 
 @pytest.fixture
@@ -77,7 +63,7 @@ def test_take_over(mc_guest: None, loss: str, measure: Callable[[str, float], fl
     assert H2.await_state("active")["guest_running"]
     if loss == "power":
         H1.power_on()
-        until(H1.answers, 30, "host1's agent answers")
+        without_tls(H1)
     protect(H2, "--engine", "mc", "--netbuffer", "none")
     H2.mcft("unprotect", "vm1")
 
