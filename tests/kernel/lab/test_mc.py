@@ -16,7 +16,7 @@ import world
 from mcworld import TRACES, definition, traced, without_tls
 from test_takeover import SEED, pieces
 from watching import Load, watching
-from world import H1, H2, HOSTS, Host, lab, link, other, pause, protect, redefined, until
+from world import H1, H2, HOSTS, Host, link, other, pause, protect, redefined, until
 
 sys.path.insert(0, str(world.REPO / "tests" / "mcqemu"))
 import compare
@@ -27,17 +27,18 @@ moments = random.Random(SEED)
 
 @pytest.fixture(scope="module")
 def seen(the_lab: None) -> Iterator[Load]:
-    """vm1 runs by the stand-in, and one client watches it through all tests here; afterwards it is the lab's own again."""
+    """vm1 runs by the stand-in, and one client watches it through all tests here."""
     print("MCFT_SEED =", SEED)
+    began_s = world.now()
     for host in HOSTS:
         without_tls(host)
         traced(host)
     redefined(definition())
+    print(f"vm1 is ready after {world.now() - began_s:.0f} s")
     with watching() as load:
         yield load
     for host in HOSTS:
         host.sh("mcft forget vm1 --local --yes; virsh -q destroy vm1; virsh -q undefine vm1", check=False)
-    lab("vm", "start", timeout=200)
 
 
 def follow(primary: Host) -> None:
