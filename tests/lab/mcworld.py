@@ -31,9 +31,9 @@ def without_tls(host: Host) -> None:
 
 def traced(host: Host) -> None:
     """From now on the stand-in writes down what its clients say and hear; a folder that QEMU's user may write to."""
-    host.sh(f"install -d -m 1777 {TRACES} && rm -f {TRACES}/*")
+    host.sh(f"install -d -m 777 {TRACES} && rm -f {TRACES}/*")
 
 
 def hang_next(host: Host) -> None:
     """vm1's next checkpoint finds no dirty page, which hangs that QEMU."""
-    host.sh(f"touch {TRACES}/vm1.hang")
+    host.sh(f"install -d -m 777 {TRACES} && touch {TRACES}/vm1.hang")

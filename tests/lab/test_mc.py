@@ -9,34 +9,48 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
-from mcworld import TLS_OFF, definition, without_tls
-from world import H1, H2, HOSTS, REPO, configured, guest_answers, lab, link, now, protect, redefined, until
+import world
+from mcworld import definition, hang_next, traced, without_tls
+from world import H1, H2, HOSTS, REPO, guest_answers, lab, link, now, protect, redefined, until
 
 pytestmark = pytest.mark.skipif(not (REPO / "tests/mcqemu/emulator").exists(), reason="the stand-in is not in this tree")
 
 
-@pytest.fixture
-def mc_guest(fresh_world: None) -> Iterator[None]:
-    """vm1 runs on h1 by the stand-in; afterwards by the lab's QEMU again."""
-    with configured(H1, TLS_OFF), configured(H2, TLS_OFF):
-        try:
-            redefined(definition())
-            yield
-        finally:
-            for host in HOSTS:
-                if not host.on:
-                    host.power_on()
-            link("rep", "up")
-            for host in HOSTS:
-                host.sh("mcft forget vm1 --local --yes; virsh -q destroy vm1; virsh -q undefine vm1", check=False)
-            lab("vm", "start", "h1")
+@pytest.fixture(scope="module")
+def hosts_without_tls(the_lab: None) -> Iterator[None]:
+    """For all tests here; afterwards the lab's own configuration and guest."""
+    for host in HOSTS:
+        if not host.on:
+            host.power_on()
+    world.wipe()
+    for host in HOSTS:
+        without_tls(host)
+        traced(host)
+    yield
+    world.wipe()
+    lab("install")
+    lab("vm", "start", "h1")
+
+
+@pytest.fixture(autouse=True)
+def fresh_world(hosts_without_tls: None) -> None:
+    """Not the world of the other tests: vm1 by the stand-in, on h1, unprotected; links up, both hosts on."""
+    for name in ("rep", "lan:h1"):
+        link(name, "up")
+    for host in HOSTS:
+        if not host.on:
+            host.power_on()
+        without_tls(host)
+    if H1.status() or H2.status() or H1.qemu_pid() is None or not guest_answers():
+        world.wipe()
+        redefined(definition())
 
 
 def follow() -> None:
     protect(H1, "--engine", "mc", "--netbuffer", "none", "--delay", "100ms")
 
 
-def test_protect_set_and_let_go(mc_guest: None) -> None:
+def test_protect_set_and_let_go() -> None:
     """Chosen by asking QEMU; its statistics shown; the delay changed; nothing left. Fails if `auto` took colo."""
     refused = H1.mcft("protect", "vm1", "--to", "host2", check=False)
     assert refused.returncode == 4, refused.stderr
@@ -53,7 +67,7 @@ def test_protect_set_and_let_go(mc_guest: None) -> None:
 
 
 @pytest.mark.parametrize("loss", ["kill", "power"])
-def test_take_over(mc_guest: None, loss: str, measure: Callable[[str, float], float]) -> None:
+def test_take_over(loss: str, measure: Callable[[str, float], float]) -> None:
     """The primary's QEMU killed, or its host's power cut; protected back afterwards. Fails if the copy resumed by itself."""
     follow()
     until(lambda: H2.status()["survives_host_loss"], 10, "the standby is whole")
@@ -68,7 +82,7 @@ def test_take_over(mc_guest: None, loss: str, measure: Callable[[str, float], fl
     H2.mcft("unprotect", "vm1")
 
 
-def test_partition(mc_guest: None) -> None:
+def test_partition() -> None:
     """Both links cut: the standby breaks its deaf QEMU's socket and goes on; the other side loses when they are back.
 
     Fails without SOCK_DESTROY: that QEMU would wait for 70 s.
@@ -85,15 +99,38 @@ def test_partition(mc_guest: None) -> None:
     assert H1.qemu_pid() is None and guest_answers()
 
 
-def test_planned_switch(mc_guest: None) -> None:
+def test_planned_switch() -> None:
     follow()
     H1.mcft("failover", "vm1")
     assert H2.await_state("active")["guest_running"] and H1.qemu_pid() is None
     assert guest_answers()
 
 
-def test_a_power_off_is_no_take_over(mc_guest: None) -> None:
+def test_a_power_off_is_no_take_over() -> None:
     follow()
     H1.sh("virsh -q destroy vm1")
     H1.await_state("stopped")
     until(lambda: H2.qemu_pid() is None, 20, "the copy is gone")
+
+
+def test_a_hang_is_handed_over() -> None:
+    """A checkpoint without a dirty page hangs that QEMU for ever: counter frozen, monitor silent; it is killed, the copy goes on.
+
+    Fails if nobody kills it: its monitor's end would never come.
+    """
+    follow()
+    until(lambda: H2.status()["survives_host_loss"], 10, "the standby is whole")
+    hang_next(H1)
+    H2.await_state("active", timeout=40)
+    until(guest_answers, 20, "the guest answers on host2")
+    H1.await_lost()
+    assert H1.qemu_pid() is None
+
+
+def test_the_standby_dies() -> None:
+    """Its QEMU killed: the primary says `failed` and goes on, and is protected again. Fails if the guest was touched."""
+    follow()
+    generation = H1.status()["generation"]
+    H2.kill_qemu()
+    until(lambda: H1.state() == "protected" and H1.status()["generation"] > generation, 60, "protected again")
+    assert guest_answers()
