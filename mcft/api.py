@@ -17,7 +17,7 @@ State = Literal[
     "lost", "stopped", "unprotected", "failed",
 ]  # fmt: skip
 Role = Literal["primary", "standby"]
-BufferChoice = Literal["auto", "plug", "filter", "none"]
+BufferChoice = Literal["auto", "plug", "filter", "none", "qemu"]
 EngineChoice = Literal["auto", "mc", "colo"]
 Transport = Literal["tcp", "unix", "rdma"]
 ArbiterKind = Literal["standby", "etcd", "fence"]
@@ -126,6 +126,29 @@ class EventBody(msgspec.Struct, frozen=True):
     level: Literal["info", "warning", "alarm"] = "info"
 
 
+class McOptions(msgspec.Struct, frozen=True):
+    """Engine `mc`: its transport and its capabilities for RDMA (`docs/engines.md`)."""
+
+    transport: Transport = "tcp"
+    rdma_copy: bool = False
+    rdma_keepalive: bool = False
+    rdma_pin_all: bool = False
+
+
+class McStatus(msgspec.Struct, frozen=True):
+    """Engine `mc` on its primary. capabilities: those that are on. statistics: of the last checkpoint, as QEMU names them.
+
+    Times in ms (`xmit-time`, `log-dirty-time`, `migration-bitmap-time`, `ram-copy-time`, `downtime`), rates in Mbit/s (`mbps`,
+    `copy-mbps`). monitor: how QEMU is asked: "libvirt" (through the agent) or the path of the domain's second monitor.
+    """
+
+    transport: Transport = "tcp"
+    capabilities: list[str] = []
+    checkpoints: int | None = None
+    statistics: dict[str, float] = {}
+    monitor: str = "libvirt"
+
+
 class Protection(msgspec.Struct, frozen=True):
     """One protection as this host sees it; the object of `mcft status --json` (documented in docs/api.md)."""
 
@@ -155,6 +178,7 @@ class Protection(msgspec.Struct, frozen=True):
     versions: Versions = Versions()
     job: JobBody | None = None
     last_event: EventBody | None = None
+    mc: McStatus | None = None
 
 
 class Status(msgspec.Struct, frozen=True):
@@ -175,20 +199,12 @@ class Events(msgspec.Struct, frozen=True):
 # ---- operators' requests (unix socket, or TLS for a peer named as operator) ----
 
 
-class McOptions(msgspec.Struct, frozen=True):
-    """Engine `mc`: its transport and its capabilities for RDMA (`docs/engines.md`)."""
-
-    transport: Transport = "tcp"
-    rdma_copy: bool = False
-    rdma_keepalive: bool = False
-    rdma_pin_all: bool = False
-
-
 class ProtectRequest(msgspec.Struct, frozen=True):
     """POST /v1/protections → JobBody. disks: target → path on the standby; overwrite: paths that may be.
 
     rdma_device: a device's name, "auto" or "off"; empty: as the configuration says.
     arbiter: None: as configured.
+    mc: engine `mc`'s options, None for those of the configuration. experimental: what nobody could try may be used.
     """
 
     domain: str
@@ -201,6 +217,8 @@ class ProtectRequest(msgspec.Struct, frozen=True):
     key: str = ""
     rdma_device: str = ""
     arbiter: ArbiterKind | None = None
+    mc: McOptions | None = None
+    experimental: bool = False
 
 
 class ActRequest(msgspec.Struct, frozen=True):

@@ -56,6 +56,27 @@ def _delay_option(**more: Any) -> Callable[[_F], _F]:
     )
 
 
+def _mc_options(command: _F) -> _F:
+    """Engine mc's; without any of them the configuration's [mc] counts."""
+    texts = {
+        "--mc-rdma-copy": "Engine mc: copy memory locally by RDMA.",
+        "--rdma-keepalive": "Engine mc: QEMU's own keepalive on its RDMA link.",
+        "--rdma-pin-all": "Engine mc: pin all of the guest's memory for RDMA.",
+    }
+    names = {"--mc-rdma-copy": "rdma_copy", "--rdma-keepalive": "rdma_keepalive", "--rdma-pin-all": "rdma_pin_all"}
+    for flag, text in texts.items():
+        command = click.option(flag, names[flag], is_flag=True, help=text)(command)
+    transport = click.Choice(get_args(api.Transport))
+    command = click.option("--transport", type=transport, help="Engine mc: how checkpoints travel.")(command)
+    return click.option("--experimental", is_flag=True, help="Allow what was never seen at work.")(command)
+
+
+def _mc(given: dict[str, Any]) -> api.McOptions | None:
+    if not any(given.values()):
+        return None
+    return api.McOptions(given["transport"] or "tcp", given["rdma_copy"], given["rdma_keepalive"], given["rdma_pin_all"])
+
+
 def _timeout_option(text: str) -> Callable[[_F], _F]:
     return click.option("--timeout", callback=_quantity(_timeout_s), metavar="TIME", help=text)
 
@@ -105,6 +126,7 @@ def cli(ctx: click.Context, host: str | None, config: Path | None) -> None:
 @click.option("--engine", type=click.Choice(get_args(api.EngineChoice)), default="auto", show_default=True)
 @click.option("--netbuffer", type=click.Choice(get_args(api.BufferChoice)), default="auto", show_default=True)
 @click.option("--arbiter", type=click.Choice(get_args(api.ArbiterKind)), help="Who decides at a loss; default: as configured.")
+@_mc_options
 @click.option(
     "--disk", "disks", multiple=True, metavar="TARGET=PATH", help="The disk's place on the standby."
 )
@@ -115,6 +137,7 @@ def cli(ctx: click.Context, host: str | None, config: Path | None) -> None:
 @click.pass_obj
 def protect(
     session: _Session,
+    /,
     domain: str,
     to: str,
     delay: int,
@@ -126,11 +149,13 @@ def protect(
     rdma_device: str,
     no_wait: bool,
     timeout: float | None,
+    experimental: bool,
+    **mc: Any,
 ) -> None:
     """Protect a running domain with a standby on PEER."""
     paths = _disk_paths(disks)
     request = api.ProtectRequest(
-        domain, to, delay, engine, netbuffer, paths, list(overwrite), _new_key(), rdma_device, arbiter
+        domain, to, delay, engine, netbuffer, paths, list(overwrite), _new_key(), rdma_device, arbiter, _mc(mc), experimental
     )
     agent = session.agent()
     with _detachable(f"protecting {domain} goes on; `mcft unprotect {domain}` cancels it"):
@@ -228,7 +253,9 @@ def set_(session: _Session, domain: str, delay: int) -> None:
 @click.argument("domain")
 @click.option("--to", "to", required=True, metavar="PEER", help="The host that would hold the standby.")
 @_delay_option(default="100ms", show_default=True)
+@click.option("--engine", type=click.Choice(get_args(api.EngineChoice)), default="auto", show_default=True)
 @click.option("--netbuffer", type=click.Choice(get_args(api.BufferChoice)), default="auto", show_default=True)
+@_mc_options
 @click.option(
     "--disk", "disks", multiple=True, metavar="TARGET=PATH", help="The disk's place on the standby."
 )
@@ -238,18 +265,25 @@ def set_(session: _Session, domain: str, delay: int) -> None:
 @click.pass_obj
 def check(
     session: _Session,
+    /,
     domain: str,
     to: str,
     delay: int,
+    engine: api.EngineChoice,
     netbuffer: api.BufferChoice,
     disks: tuple[str, ...],
     overwrite: tuple[str, ...],
     rdma_device: str,
     as_json: bool,
+    experimental: bool,
+    **mc: Any,
 ) -> None:
     """Say what protect would refuse, warn of and cost; nothing is touched."""
     paths = _disk_paths(disks)
-    request = api.ProtectRequest(domain, to, delay, "auto", netbuffer, paths, list(overwrite), rdma_device=rdma_device)
+    request = api.ProtectRequest(
+        domain, to, delay, engine, netbuffer, paths, list(overwrite), rdma_device=rdma_device, mc=_mc(mc),
+        experimental=experimental,
+    )  # fmt: skip
     answer, raw = session.agent().check(request)
     click.echo(msgspec.json.format(raw, indent=2) if as_json else checktext.check_text(answer))
     if answer.exit_code:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
 
 from mcft import units
-from mcft.api import ArbiterKind, BufferChoice
+from mcft.api import ArbiterKind, BufferChoice, McOptions, Transport
 from mcft.errors import NotFound, Usage
 
 DEFAULT_PATH = Path("/etc/mcft/mcft.toml")
@@ -102,6 +102,7 @@ class Config:
     tls: StreamTls = "required"
     lan_check: tuple[str, ...] = ()
     reserve: Reserve = "used"
+    mc: McOptions = field(default_factory=McOptions)
 
     @property
     def socket_path(self) -> Path:
@@ -195,6 +196,13 @@ def parse(text: str, origin: str = str(DEFAULT_PATH)) -> Config:
     top.table("arbiter").take(values, "arbiter", "kind", _one_of(ARBITERS))
     values["etcd"] = _etcd(top.table("etcd"))
     values["fence"] = _fence(top.table("fence"))
+
+    options: dict[str, Any] = {}
+    mc = top.table("mc")
+    mc.take(options, "transport", "transport", _one_of(get_args(Transport)))
+    for name in ("rdma_copy", "rdma_keepalive", "rdma_pin_all"):
+        mc.take(options, name, name, _flag)
+    values["mc"] = McOptions(**options)
 
     agent = top.table("agent")
     agent.take(values, "libvirt_uri", "libvirt_uri", _word)

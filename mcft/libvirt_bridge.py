@@ -29,6 +29,7 @@ T = TypeVar("T")
 Lifecycle = Callable[[str, str, int], None]
 QemuEvent = Callable[[str, dict[str, Any]], None]
 DISK_EVENTS = f"^({'|'.join(DISK_ERRORS)})$"
+WATCHED_EVENTS = "^(RESUME|STOP|SHUTDOWN|RESET)$"
 REGEX = 1  # VIR_CONNECT_DOMAIN_QEMU_MONITOR_EVENT_REGISTER_REGEX
 EVENTS = ("defined", "undefined", "started", "suspended", "resumed", "stopped", "shutdown", "pmsuspended", "crashed")
 _event_thread: threading.Thread | None = None
@@ -79,6 +80,8 @@ class LibvirtHost:
         self.uri = uri
         self._on_lifecycle = on_lifecycle
         self.on_disk_event: QemuEvent | None = None
+        self.on_watched_event: QemuEvent | None = None
+        self._watched: dict[str, int | None] = {}  # uuid → its registration on this connection
         self._pool = ThreadPoolExecutor(8, thread_name_prefix="libvirt")
         self._lock = threading.Lock()
         self._conn: Any = None
@@ -110,7 +113,42 @@ class LibvirtHost:
             self._conn.setKeepAlive(5, 3)
             self._conn.domainEventRegisterAny(None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._lifecycle, None)
             libvirt_qemu.qemuMonitorEventRegister(self._conn, None, DISK_EVENTS, self._disk_event, None, REGEX)
+            for uuid in self._watched:
+                self._watched[uuid] = self._register(self._conn, uuid)
             return self._conn
+
+    def _register(self, conn: Any, uuid: str) -> int | None:
+        try:
+            domain = conn.lookupByUUIDString(uuid)
+            args = (conn, domain, WATCHED_EVENTS, self._watched_event, None, REGEX)
+            return int(libvirt_qemu.qemuMonitorEventRegister(*args))
+        except libvirt.libvirtError as error:
+            log.warning("events of %s can't be watched: %s", uuid, error)
+            return None
+
+    async def watch(self, uuid: str) -> None:
+        """Hand on this domain's RESUME, STOP, SHUTDOWN and RESET from now on, over the daemon's restarts too. Idempotent."""
+
+        def work(conn: Any) -> None:
+            with self._lock:
+                if self._watched.get(uuid) is None:
+                    self._watched[uuid] = self._register(conn, uuid)
+
+        await self.call(work)
+
+    async def unwatch(self, uuid: str) -> None:
+        """No more of them. Idempotent."""
+
+        def work(conn: Any) -> None:
+            with self._lock:
+                callback = self._watched.pop(uuid, None)
+            if callback is not None:
+                libvirt_qemu.qemuMonitorEventDeregister(conn, callback)
+
+        try:
+            await self.call(work)
+        except Failed as error:
+            log.info("events of %s: %s", uuid, error)
 
     def _lifecycle(self, _conn: Any, domain: Any, event: int, detail: int, _opaque: Any) -> None:
         if self._loop is not None and self._on_lifecycle is not None:
@@ -122,6 +160,20 @@ class LibvirtHost:
             stamp = {"seconds": seconds, "microseconds": micros}
             message = {"event": event, "data": json.loads(details or "{}"), "timestamp": stamp}
             self._loop.call_soon_threadsafe(self.on_disk_event, domain.UUIDString(), message)
+
+    def _watched_event(self, _c: Any, domain: Any, event: str, seconds: int, micros: int, details: str, _opaque: Any) -> None:
+        if self._loop is not None and self.on_watched_event is not None:
+            stamp = {"seconds": seconds, "microseconds": micros}
+            message = {"event": event, "data": json.loads(details or "{}"), "timestamp": stamp}
+            self._loop.call_soon_threadsafe(self.on_watched_event, domain.UUIDString(), message)
+
+    async def answers(self, timeout_s: float = 2.0) -> bool:
+        """Whether the daemon itself does: a call that needs no domain."""
+        try:
+            await self.call(lambda conn: conn.getLibVersion(), timeout_s)
+        except Failed:
+            return False
+        return True
 
     async def call(self, work: Callable[[Any], T], timeout_s: float = 15.0) -> T:
         """Run work(connection) in the pool.
@@ -249,11 +301,18 @@ class LibvirtHost:
 
         await self.call(work, timeout_s=30)
 
+    async def resume(self, uuid: str) -> None:
+        """virDomainResume: libvirt's own locks and state go along. Raises: Failed."""
+        await self.call(lambda conn: self._find(conn, uuid).resume(), timeout_s=60)
+
     async def qmp(self, uuid: str, command: dict[str, Any], fds: Sequence[int] = (), timeout_s: float = 15.0) -> Any:
         """One QMP command through the passthrough; the whole reply object. fds go along (`getfd`)."""
 
         def work(conn: Any) -> str:
             domain = self._find(conn, uuid)
+            if fds and not hasattr(libvirt_qemu, "qemuMonitorCommandWithFiles"):
+                why = "its Python binding is older than 8.2"
+                raise Failed("old-libvirt", "this libvirt can't hand descriptors to QEMU", why, "bring it up to date")
             if fds:
                 # The binding wants file objects' descriptors as a list; QEMU gets duplicates.
                 return _text(libvirt_qemu.qemuMonitorCommandWithFiles(domain, json.dumps(command), list(fds), 0))

@@ -159,6 +159,15 @@ class Monitor:
             raise MonitorGone(str(error)) from None
 
     @property
+    def connected(self) -> bool:
+        """Whether commands can be sent."""
+        return self.sock is not None
+
+    def silent_ms(self, now_ms: float) -> float:
+        """How long QEMU has said nothing."""
+        return now_ms - self.last_reply_ms
+
+    @property
     def wants_write(self) -> bool:
         """Whether a command still waits for room in the socket."""
         return bool(self._unsent)

@@ -2,7 +2,7 @@
 
 Two ways meet it: the kernel's `plug` qdisc behind an IFB (`plugbuffer.py`, where the kernel has `sch_plug`), and QEMU's
 own redirector filter (`filterbuffer.py`) where it has not. `none` buffers nothing and is only taken when asked for by
-name: the protection is then marked `unsafe`.
+name: the protection is then marked `unsafe`. `qemu` is engine mc's own (`agent/mcnet.py`): mcft holds nothing then.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 
 from mcft.errors import Refused
 
-Way = Literal["plug", "filter", "none"]
+Way = Literal["plug", "filter", "none", "qemu"]
 Mode = Literal["pass", "hold", "closed"]
 
 

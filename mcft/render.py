@@ -142,11 +142,23 @@ def _facts(p: api.Protection) -> Iterator[tuple[str, str]]:
     if p.job is not None and p.job.state == "running":
         yield "job", f"{p.job.kind}: {job_line(p.job)}"
     yield "checkpoints", _checkpoints(p.checkpoints)
+    if p.mc is not None:
+        yield "mc", _mc(p.mc)
     yield "network", _network(p)
     yield "disks", ", ".join(_disk(disk) for disk in p.disks)
     yield "keepalives", ", ".join(_link(link) for link in p.keepalive)
     if p.last_event is not None:
         yield "last event", f"{p.last_event.time} {p.last_event.text}"
+
+
+def _mc(mc: api.McStatus) -> str:
+    """The last checkpoint as QEMU tells it: ms and Mbit/s."""
+    names = {"xmit-time": "sent in", "log-dirty-time": "log", "migration-bitmap-time": "bitmap", "ram-copy-time": "copy"}
+    said = [f"{names[name]} {mc.statistics[name]:g}ms" for name in names if name in mc.statistics]
+    said += [f"{mc.statistics[name]:.0f} {name}" for name in ("mbps", "copy-mbps") if name in mc.statistics]
+    if "downtime" in mc.statistics:
+        said.append(f"downtime {mc.statistics['downtime']:g}ms")
+    return ", ".join([mc.transport, *said, *[name for name in mc.capabilities if name != "mc"]])
 
 
 def _checkpoints(c: api.Checkpoints) -> str:

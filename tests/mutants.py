@@ -136,6 +136,42 @@ MUTANTS = [
         "commit.py::test_barrier_without_its_own_marker_is_not_covered",
     ),
     Mutant(
+        "engine mc: count + 1 is enough", "mcft/commit.py",
+        "return count >= barrier.count_at + 2", "return count >= barrier.count_at + 1",
+        "commit_mc.py::TestMcWorld",
+    ),
+    Mutant(
+        "engine mc: a count asked before the barrier answers it", "mcft/commit.py",
+        "if barrier.epoch != epoch_asked:\n            return False\n        if barrier.count_at", "if barrier.count_at",
+        "commit_mc.py::test_what_was_asked_before_the_barrier_does_not_count",
+    ),
+    Mutant(
+        "engine mc: a counter that fell goes on", "mcft/commit.py",
+        "        if count < self._counter:\n", "        if False:\n",
+        "commit_mc.py::test_a_counter_that_falls_is_another_streams",
+    ),
+    Mutant(
+        "engine mc: a gate without its agent counts time", "mcft/gate/mcprimary.py",
+        "            self._blind_ms = now_ms\n        return now_ms - max(self._ack_ms, self._blind_ms)",
+        "            self._blind_ms = now_ms\n        return now_ms - self._ack_ms",
+        "gate_mc.py::test_without_its_agent_it_is_blind_and_decides_nothing",
+    ),
+    Mutant(
+        "engine mc: a standby that follows is asked how it is", "mcft/agent/relay.py",
+        "life.ledger.newest is not Kind.TAKEN", "False",
+        "mc.py::test_a_standby_that_follows_is_never_asked",
+    ),
+    Mutant(
+        "engine mc: a power-off's late event is not waited for", "mcft/gate/core.py",
+        "if isinstance(self.monitor, Relay) and self.monitor.connected:\n            self.loop", "if False:\n            self.loop",
+        "gate_mc.py::test_a_power_off_whose_event_comes_late_is_no_death",
+    ),
+    Mutant(
+        "engine mc: the copy is resumed before it says paused", "mcft/engines/mcsession.py",
+        'if status in ("paused", "running"):', 'if status in ("paused", "running", "inmigrate"):',
+        "gate_mc.py::test_take_over_awaits_paused_and_resumes",
+    ),
+    Mutant(
         "the lease ignored", "mcft/commit.py",
         "if not self.lease_holds(now_ms):", "if False:",
         "commit.py::TestWorld",
@@ -157,12 +193,12 @@ MUTANTS = [
     ),
     Mutant(
         "count + 1 is enough", "mcft/commit.py",
-        "if count < barrier.count_at + 2:", "if count < barrier.count_at + 1:",
+        "return count >= barrier.count_at + 2", "return count >= barrier.count_at + 1",
         "commit.py::test_counting_needs_two_more_than_was_read_behind_the_barrier",
     ),
     Mutant(
         "count + 1 is enough (found by the search)", "mcft/commit.py",
-        "if count < barrier.count_at + 2:", "if count < barrier.count_at + 1:",
+        "return count >= barrier.count_at + 2", "return count >= barrier.count_at + 1",
         "commit.py::test_long_runs",
     ),
     Mutant(

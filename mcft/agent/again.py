@@ -76,7 +76,7 @@ class Again:
         body = life.body
         request = api.ProtectRequest(
             body.domain, body.peer, body.delay_ms, body.engine_asked, body.buffer_asked, body.disk_paths, body.overwrite,
-            rdma_device=body.rdma_asked, arbiter=body.arbiter_asked,
+            rdma_device=body.rdma_asked, arbiter=body.arbiter_asked, mc=body.mc, experimental=body.experimental,
         )  # fmt: skip
 
         async def work(job: JobHandle) -> str:

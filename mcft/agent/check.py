@@ -14,9 +14,9 @@ import xml.etree.ElementTree as ET
 from typing import TYPE_CHECKING
 
 from mcft import __version__, api, netbuffer, streams
-from mcft.agent import buffers, checkpeer, diskfiles, domainxml, model, prediction, rdma
+from mcft.agent import buffers, checkpeer, diskfiles, domainxml, mccheck, model, prediction, rdma
 from mcft.agent.findings import Findings, exit_code
-from mcft.engines import tcg
+from mcft.engines import mc, tcg
 from mcft.errors import Failed, McftError, NotFound, Refused
 from mcft.qmp_passthrough import Executor
 
@@ -141,17 +141,41 @@ class Checker:
     async def _see_domain(self, life: Primary, live: str) -> None:
         findings, name = self.findings, life.body.domain
         self.qemu = await running_qemu(life.qmp)
-        await findings.tried(refuse_engine(life), "engine", f"{name} runs on QEMU {self.qemu}, which can checkpoint it (colo)")
+        life.body.engine = engine = await mccheck.choose_engine(life.qmp, self.request.engine)
+        says = f"{name} runs on QEMU {self.qemu}, which can checkpoint it ({engine})"
+        await findings.tried(refuse_engine(life), "engine", says)
         await findings.tried(refuse_busy(life.qmp, name), "idle", "no block job and no migration is under way")
         await self._see_nics(life.body.nics)
-        self._see_disks(live)
-        if not domainxml.disk_refusals(live):
+        if life.body.engine == "mc":
+            await self._see_mc(life, live)
+        else:
+            self._see_disks(live)
+        if life.body.engine != "mc" and not domainxml.disk_refusals(live):
             disks = await findings.tried(self.core.disks_of(life))
             if disks is not None:
                 life.body.disks = disks
                 findings.ok("disks", f"disks that follow: {', '.join(d.target for d in disks) or 'none'}")
         proof = self.site.hook.prove(self.config.name, domainxml.machine(life.body.xml))
         await findings.tried(proof, "hook", f"libvirt calls mcft's hook on {self.config.name}")
+
+    async def _see_mc(self, life: Primary, live: str) -> None:
+        """What engine mc needs besides; `mccheck.refuse` raises the first of these."""
+        refusals = [*mccheck.disk_refusals(live), *await mccheck.nic_refusals(live, life.qmp)]
+        for refusal in refusals:
+            self.findings.refuse(refusal)
+        try:
+            mccheck.refuse_tls(self.config)
+            mc.refuse_transport(life.body.mc, self.config.name)
+        except Refused as refusal:
+            self.findings.refuse(refusal)
+        if not refusals:
+            self.findings.ok("mc", "no disk of the host's is written, and its NICs can follow")
+        if (finding := await asyncio.to_thread(mccheck.kernel_finding)) is not None:
+            self.findings.warn("sock-destroy", *finding)
+        if not mccheck.second_monitor(live):
+            why = "this QEMU can't add a monitor while it runs"
+            so = "start the domain with a second monitor (docs/engines.md), and they pass without the agent too"
+            self.findings.warn("mc-monitor", "packets wait while the agent is down: QEMU is asked through libvirt", why, so)
 
     def _see_disks(self, live: str) -> None:
         for refusal in domainxml.disk_refusals(live):
@@ -164,7 +188,10 @@ class Checker:
             if nic.kind in ("hostdev", "vhostuser", "vdpa"):
                 continue  # refused as a device already
             try:
-                ways.add(await buffers.choose(asked, [nic]))
+                if self.life is not None and self.life.body.engine == "mc":
+                    ways.add(await mccheck.choose_buffer(asked, [nic], self.life.body.arbiter))
+                else:
+                    ways.add(await buffers.choose(asked, [nic]))
             except Refused as refusal:
                 self.findings.refuse(refusal)
         if ways == {"none"}:
@@ -221,7 +248,8 @@ class Checker:
             body.uuid, body.domain, "", max(highest, theirs.highest_g) + 1, "", body.delay_ms, body.engine, config.loss_ms,
             await self.site.host.xml(body.uuid, migratable=True), body.xml, body.autostart, body.disks, [],
             body.disk_paths, body.overwrite, qemu=self.qemu,
-            tls=streams.offer(config.tls, config.qemu_pki_dir, config.name), files=await diskfiles.of_domain(life),
+            tls="off" if body.engine == "mc" else streams.offer(config.tls, config.qemu_pki_dir, config.name),
+            mc=body.mc, files=await diskfiles.of_domain(life),
             nvram=diskfiles.read_nvram(body.nvram) if body.nvram else None,
             rdma_address=body.rdma.peer if body.rdma else "", rdma_required=rdma.required(life.rdma_wish()), arbiter=body.arbiter,
         )  # fmt: skip

@@ -12,17 +12,15 @@ import time
 import xml.etree.ElementTree as ET
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from mcft.agent import diskfiles, domainxml, model, rdma
+from mcft.agent import diskfiles, domainxml, mccheck, model, rdma
 from mcft.agent.findings import Findings
 from mcft.agent.qemuprobe import QemuProbe, trustworthy
 from mcft.api import Finding
-from mcft.engines.colo import Colo
 from mcft.errors import Failed, McftError, Refused
-from mcft.qmp_passthrough import Qmp
 from mcft.units import format_bytes
 
 if TYPE_CHECKING:  # so that it can be tested without libvirt
@@ -82,7 +80,7 @@ async def look(core: Core, peer: str, ask: Ask) -> Found:
     await findings.tried(core.may_receive(peer, request, core.lives.get(request.uuid)))
     proof = site.hook.prove(scene.host, domainxml.machine(request.persistent_xml))
     await findings.tried(proof, "hook", f"libvirt calls mcft's hook on {scene.host}")
-    probe = QemuProbe(scene.of_domain()[0] or "")
+    probe = QemuProbe(scene.of_domain()[0] or "", old=request.engine == "mc")
     for work in (*(check(scene) for check in (*FITS, overwrite)), engine(scene, probe)):
         if (finding := await findings.tried(work)) is not None:
             findings.found.append(finding)
@@ -328,8 +326,11 @@ async def engine(scene: Scene, probe: QemuProbe) -> Finding:
     if not trustworthy(probe.path):
         why = "only a file that root alone can write is started for that"
         return Finding("warning", "engine-there", f"the QEMU of {scene.host} was not asked whether it can follow", why)
+    if scene.request.engine == "mc" and (finding := mccheck.kernel_finding()):
+        says, why_not, so = finding
+        return Finding("warning", "sock-destroy", f"{scene.host}: {says}", why_not, so)
     async with probe:
-        if refusal := await Colo().unsupported(cast(Qmp, probe)):  # it only executes
+        if refusal := await mccheck.unsupported(probe, scene.request.engine, scene.request.mc):
             raise Refused("engine", f"{scene.host} can't follow {scene.request.domain}", refusal)
     return Finding("ok", "engine-there", f"the QEMU of {scene.host}, {probe.version}, can follow")
 

@@ -27,6 +27,7 @@ from mcft.qmp_passthrough import add_monitor
 from mcft.streams import Endpoint
 
 SELINUX = "security.selinux"
+STOCK_ONLY = ("add its monitor", "credentials for the streams", "put replication over its disks")
 
 
 class Copy(Life):
@@ -37,8 +38,8 @@ class Copy(Life):
     _creating: asyncio.Future[DomainInfo] | None = None
 
     def steps(self) -> list[Step[Copy]]:
-        """The copy, piece by piece."""
-        return [
+        """The copy, piece by piece. Engine mc has neither a monitor to add nor TLS nor disks of the host's."""
+        steps: list[Step[Copy]] = [
             Step("write down the intention", Copy._intend, Copy._forget),
             Step("let the copy start, and nothing else", Copy._ban, Copy._unban),
             Step("make room for the disks", Copy._make_files, Copy._remove_files),
@@ -51,6 +52,7 @@ class Copy(Life):
             Step("start its gate", Copy._start_gate, Copy._end_gate),
             Step("listen for the stream", Copy._listen),
         ]
+        return steps if self.body.engine != "mc" else [step for step in steps if step.name not in STOCK_ONLY]
 
     async def prepare(self) -> model.Prepared:
         """Build the copy. Raises what failed, everything undone."""
@@ -59,7 +61,7 @@ class Copy(Life):
         await self.save()
         return model.Prepared(
             self.site.config.listen_addresses[0], self.body.mig_port, self.body.nbd_port, self.body.links[0].local_port,
-            dict(self.site.versions), self.body.tls, self.body.rdma is not None, self.body.arbiter,
+            dict(self.site.versions), self.body.tls, self.body.rdma is not None, self.body.arbiter, self.body.stream_path,
         )  # fmt: skip
 
     async def _intend(self) -> None:
@@ -129,7 +131,7 @@ class Copy(Life):
         self.body.qemu_pid, self.body.qemu_start, self.body.boot_id = info.qemu_pid, start, hook.boot_id()
         if refusal := await self.engine.unsupported(self.qmp):
             raise Refused("engine", f"{self.site.config.name} can't follow {self.body.domain}", refusal)
-        self.body.tcg = await tcg.translates(self.qmp)
+        self.body.tcg = self.body.engine != "mc" and await tcg.translates(self.qmp)
         await self.save()
 
     async def _destroy(self) -> None:
@@ -158,6 +160,8 @@ class Copy(Life):
 
     def _here(self, port: int) -> Endpoint:
         config = self.site.config
+        if self.body.engine == "mc":
+            return Endpoint(self.body.stream_path or config.listen_addresses[0], port, transport=self.body.mc.transport)
         return Endpoint(config.listen_addresses[0], port, config.name if self.body.tls else "")
 
     async def _remove_monitor(self) -> None:
@@ -193,23 +197,34 @@ class Copy(Life):
 
     async def _start_gate(self) -> None:
         self.body.rdma = await rdma.choose_here(self.request, self.site.config, self.body.links)
+        if self.body.engine == "mc":
+            await self.site.host.watch(self.body.uuid)
         await self.gate.create(self._gate_state())
 
     def _gate_state(self) -> GateState:
         return GateState(
-            self.body.uuid, self.body.domain, self.body.pid, self.body.g, "standby", self.body.key, self.monitor_path(),
+            self.body.uuid, self.body.domain, self.body.pid, self.body.g, "standby", self.body.key,
+            "" if self.body.engine == "mc" else self.monitor_path(),
             self.body.qemu_pid, self.body.qemu_start, self.body.links, record="preparing", mode="closed", buffer="none",
             nics=self.body.nics, silenced=[n.target for n in self.body.nics], loss_ms=self.site.config.loss_ms,
             delay_ms=self.body.delay_ms, lan_check=list(self.site.config.lan_check), tcg=self.body.tcg, rdma=self.body.rdma,
+            engine=self.body.engine,
             overlays={disk.target: diskreplica.overlay_path(disk, "active", self.body.g) for disk in self.body.disks},
         )  # fmt: skip
 
     async def _end_gate(self) -> None:
         await self.gate.end()
+        if self.body.engine == "mc":
+            await self.site.host.unwatch(self.body.uuid)
 
     async def _listen(self) -> None:
+        """Engine mc: the last thing that this QEMU is asked before it takes over."""
         self.body.mig_port = self.site.ports.take(self.site.config.listen_addresses[0], udp=False)
+        if self.body.engine == "mc" and self.body.mc.transport == "unix":
+            self.body.stream_path = os.path.join(self.site.config.run_dir, f"stream-{self.body.uuid}.sock")
         await self.engine.listen(self.qmp, self._here(self.body.mig_port))
+        if self.body.engine == "mc" and self.body.mc.transport == "tcp":
+            await self.gate.ask("update", stream_port=self.body.mig_port)
 
 
 def _label_like(disk: str, overlay: str) -> None:
@@ -229,7 +244,8 @@ def make_body(request: model.Prepare, config: Any, peer: str) -> model.Body:
         for local, remote, port in zip(config.listen_addresses, addresses, request.primary_ports, strict=False)
     ]
     return model.Body(
-        request.uuid, request.domain, request.pid, request.g, "standby", peer, engine="colo", delay_ms=request.delay_ms,
+        request.uuid, request.domain, request.pid, request.g, "standby", peer, engine="mc" if request.engine == "mc" else "colo",
+        mc=request.mc, delay_ms=request.delay_ms,
         key=request.key, xml=request.persistent_xml, autostart=request.autostart, disk_paths=dict(request.disk_paths),
         nvram=request.nvram.path if request.nvram else "", links=links, buffer="none",
         tls=streams.settle(request.tls, config.tls, config.qemu_pki_dir, config.name),

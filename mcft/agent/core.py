@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from mcft import api, diskreplica, generations
-from mcft.agent import buffers, check, coldstart, domainxml, maintenance, model, protection, standby, statusview
+from mcft.agent import buffers, check, coldstart, domainxml, maintenance, mccheck, model, protection, standby, statusview
 from mcft.agent.events import EventLog
 from mcft.agent.hook import boot_id
 from mcft.agent.jobs import JobHandle, Jobs
@@ -80,6 +80,8 @@ class Core:
         """Again and again until it is done: libvirt or a gate may come up later than this agent."""
         while True:
             try:
+                if life.body.engine == "mc" and life.qemu_alive():
+                    await self.site.host.watch(life.body.uuid)
                 await life.adopt()
                 break
             except Exception as error:
@@ -205,8 +207,11 @@ class Core:
             rdma_device(request.rdma_device or "auto")
         except ValueError as error:
             raise Usage("bad-rdma-device", f"--rdma-device {error}") from None
-        if request.engine == "mc":
-            raise Refused("no-engine", "engine mc is not available in this mcft", "", "use --engine auto")
+        if request.netbuffer == "qemu" and not request.experimental:
+            raise Refused(
+                "experimental", "netbuffer qemu was never seen at work", "no kernel with sch_plug was at hand for that QEMU",
+                "add --experimental, or use --netbuffer plug",
+            )  # fmt: skip
         self.site.peer(request.to)
         if self.site.maintenance:
             raise maintenance.refuse(self.site.config.name)
@@ -267,13 +272,21 @@ class Core:
         if previous is not None:
             body.autostart = body.autostart or previous.body.autostart
             body.xml = body.xml if body.persistent else previous.body.xml
+        body.engine = await mccheck.choose_engine(life.qmp, request.engine)
         await check.refuse_engine(life)
         check.refuse_older(await check.running_qemu(life.qmp), self._hello_of(peer).qemu, domain.name, peer)
         await check.refuse_busy(life.qmp, domain.name)
-        body.engine = "colo"
-        body.buffer = await buffers.choose(request.netbuffer if request.netbuffer != "auto" else config.netbuffer, body.nics)
-        await life.choose_rdma()
-        body.disks = await self.disks_of(life)
+        asked = request.netbuffer if request.netbuffer != "auto" else config.netbuffer
+        if body.engine == "mc":
+            live = await self.site.host.xml(body.uuid)
+            await mccheck.refuse(life, live, config)
+            body.buffer = await mccheck.choose_buffer(asked, body.nics, body.arbiter)
+            body.second_monitor = mccheck.second_monitor(live)
+            await life.choose_rdma()
+        else:
+            body.buffer = await buffers.choose(asked, body.nics)
+            await life.choose_rdma()
+            body.disks = await self.disks_of(life)
         await self.site.hook.prove(config.name, domainxml.machine(body.xml))
         await self.site.arbiters.refuse_unfit(body.arbiter, peer)
         life.on_gone = self.gone
@@ -469,6 +482,8 @@ class Core:
             return
         if isinstance(life, Primary):
             life.lifecycle(event, detail)
+        if life.body.engine == "mc" and event == "stopped":
+            life.gate.tell("last-words")
         if event in ("started", "stopped") and life.body.role == "primary" and life.body.state in OWNER_STATES:
             self.site.spawn(self.as_primary(life).look(), f"look at {life.body.domain}")
 
@@ -477,6 +492,12 @@ class Core:
         life = self.lives.get(uuid)
         if life is not None and life.body.state == "protected":
             self.site.spawn(life.tell_gate_of(event), f"{event['event']} of {life.body.domain}")
+
+    def watched_event(self, uuid: str, event: dict[str, Any]) -> None:
+        """Called on the loop: an event of a domain whose gate has no monitor of its own."""
+        life = self.lives.get(uuid)
+        if life is not None and not life.body.second_monitor:
+            life.gate.tell("event", event=event)
 
 
 def _done(text: str) -> Callable[[JobHandle], Awaitable[str]]:

@@ -15,6 +15,7 @@ import msgspec
 from mcft import diskreplica, generations
 from mcft.agent import model
 from mcft.agent.model import peer_ledger
+from mcft.agent.process import run
 from mcft.agent.setup import STANDBYS_SIDE, OnStep, Setup
 from mcft.agent.site import boottime_ms, log
 from mcft.arbiter.base import Standing
@@ -25,6 +26,14 @@ from mcft.generations import Kind
 PULL_EVERY_S = 0.2
 DECIDED_WITHIN_S = 20.0
 UNDECIDED = (Kind.ARMING, Kind.PROTECTED, Kind.DIED, Kind.RESIGNED)
+
+
+async def host_goes_down() -> bool:
+    """Whether this host is shutting down (systemd says `stopping`)."""
+    try:
+        return "stopping" in await run("systemctl", "is-system-running")
+    except Failed as error:  # it exits with 1 for `degraded`, and for `stopping`
+        return "stopping" in str(error)
 
 
 class Deciding(Setup):
@@ -42,6 +51,8 @@ class Deciding(Setup):
         self.on_step = on_step
         await self.site.runner.run(self.steps(), self, on_step)
         on_step("arm the standby", None)
+        if self.hangs:
+            await self._rescue()
         try:
             await self._arm()
         except BaseException as error:
@@ -53,6 +64,26 @@ class Deciding(Setup):
         self.body.failures, self.body.manual, self.body.previous = 0, "", ""
         self.to_state("protected")
         await self.save()
+
+    async def _rescue(self) -> None:
+        """Engine mc: QEMU hangs for ever at its first checkpoint, because it found no dirty page. Raises: Failed, always.
+
+        The guest here is frozen and can't be brought back. That no page was dirty since the first pass means that the standby
+        has exactly its state, and that it sent nothing since: so the standby is armed all the same, this QEMU ended; it goes on.
+        """
+        domain, peer = self.body.domain, self.body.peer
+        try:
+            await self._arm()
+        except BaseException as error:
+            await self._arming_failed(error)
+            raise
+        self._verdict({"act": "hung", "reason": "QEMU hangs at its first checkpoint: it found no dirty page"})
+        await self._decided()
+        where = f"{domain} runs on {peer} now" if self.ledger.newest is Kind.LOST else f"mcft status {domain} says how it ended"
+        raise Failed(
+            "mc-hung", f"QEMU hung at the first checkpoint of {domain}, as this QEMU does when a guest changes nothing", where,
+            f"on {peer}: mcft protect {domain} --to {self.site.config.name} --delay 200ms",
+        )  # fmt: skip
 
     async def _arm(self) -> None:
         """arming(g) → ARM → armed(g) → protected(g). From the first record on, opening needs given-up or a win."""
@@ -178,6 +209,9 @@ class Deciding(Setup):
         """A guest's own reason, or libvirt saying `destroyed` (`protocol.md`, "Intended ends")."""
         if shutdown_reason.startswith("guest-") or shutdown_reason == "host-qmp-quit":
             return True
+        if self.body.engine == "mc" and not shutdown_reason:
+            # That QEMU gives no reason: a guest's power-off looks like a signal of a host that goes down.
+            return not await host_goes_down()
         try:
             await asyncio.wait_for(self._stopped.wait(), 2.5)
         except TimeoutError:

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from mcft import config as configuration
-from mcft import diskreplica, filterbuffer, streams
+from mcft import diskreplica, filterbuffer, sockbreak, streams
 from mcft.agent import buffers, domainxml, model, network, overlays
 from mcft.agent.gates import unit
 from mcft.agent.hook import Markers
@@ -26,8 +26,10 @@ from mcft.agent.site import stored_ledger
 from mcft.agent.store import Store
 from mcft.diskreplica import Disk
 from mcft.engines.colo import Colo
+from mcft.engines.mc import Mc
 from mcft.errors import Failed, McftError, NotFound, Refused
 from mcft.gate import state as gate_state
+from mcft.gate.state import process_start
 from mcft.generations import Kind, Ledger
 from mcft.libvirt_bridge import DomainInfo, LibvirtHost
 from mcft.monitor import Monitor, MonitorGone
@@ -135,6 +137,9 @@ async def _clean_domain(
 ) -> None:
     """A leading guest goes on without anything of mcft's; a following copy is ended. leads: it has taken over."""
     qmp, path = Qmp(host, info.uuid), _monitor_path(config, info.uuid)
+    if body is not None and body.engine == "mc":
+        await _clean_mc(host, body, report, follows=body.role == "standby" and not leads)
+        return
     # QEMU's main loop may hang in a dead stream: libvirt's monitor would not answer, ours does out of band.
     await report.do("break the streams", lambda: asyncio.to_thread(_yank, path))
     graph = await diskreplica.nodes(qmp)
@@ -155,6 +160,33 @@ async def _clean_domain(
     await report.do("remove the monitor", lambda: remove_monitor(qmp, path))
     if body is not None and body.autostart:
         await report.do("restore autostart", lambda: host.set_autostart(info.uuid, True))
+
+
+async def _clean_mc(host: LibvirtHost, body: model.Body, report: _Report, *, follows: bool) -> None:
+    """A copy that follows is deaf: nothing is asked of it, and only SIGKILL ends it. A leader's stream ends with its socket."""
+    qmp, alive = Qmp(host, body.uuid), process_start(body.qemu_pid) == body.qemu_start
+
+    async def end() -> None:
+        if alive:
+            os.kill(body.qemu_pid, 9)
+
+    async def break_stream() -> None:
+        if alive and body.mig_port:
+            await asyncio.to_thread(sockbreak.break_stream, body.qemu_pid, body.mig_port)
+
+    async def open_network() -> None:
+        await buffers.remove_plugs([nic.target for nic in body.nics])
+        for nic in body.nics:
+            await run("ip", "link", "set", nic.target, "up")
+
+    if follows:
+        await report.do("end the standby's copy", end)
+        return
+    await report.do("break the stream", break_stream)
+    await report.do("end checkpointing", lambda: Mc(body.mc).abort(qmp))
+    await report.do("open the network", open_network)
+    if body.autostart:
+        await report.do("restore autostart", lambda: host.set_autostart(body.uuid, True))
 
 
 async def _restore(qmp: Qmp, disks: list[Disk]) -> None:

@@ -109,6 +109,12 @@ class GateLink:
         except TimeoutError:
             raise Failed("gate", f"the gate did not answer '{do}' within {timeout_s:g} s") from None
 
+    def tell(self, do: str, **fields: Any) -> None:
+        """A request whose answer nobody waits for; a gate that is not there is not told."""
+        if self._writer is not None:
+            self._serial += 1
+            self._writer.write(json.dumps({"id": self._serial, "do": do, **fields}).encode() + b"\n")
+
     async def insist(self, do: str, timeout_s: float = 10.0, **fields: Any) -> Any:
         """`ask`, again and again while the gate is away: systemd restarts it.
 

@@ -51,6 +51,7 @@ async def _run(config: Config) -> None:
     core = Core(site)
     host._on_lifecycle = core.lifecycle
     host.on_disk_event = core.disk_event
+    host.on_watched_event = core.watched_event
     await host.start()
     await _versions(site)
     for name, peer in config.peers.items():

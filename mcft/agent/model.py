@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from mcft.api import ArbiterKind, BufferChoice, EngineChoice, Role, State
+from mcft.api import ArbiterKind, BufferChoice, EngineChoice, McOptions, Role, State
 from mcft.arbiter.base import Intent
 from mcft.arbiter.etcd import Key, Seen
 from mcft.config import StreamTls
@@ -77,6 +77,10 @@ class Body(msgspec.Struct):
     arbiter_seen: Seen = Seen()
     arbiter_trouble: str = ""  # why it can't decide any more, until an operator arms anew
     claim: Intent | None = None  # begun, perhaps sent, not resolved
+    mc: McOptions = McOptions()
+    second_monitor: str = ""  # of a domain with engine mc that was started with one
+    stream_path: str = ""  # transport unix: where the standby's QEMU listens
+    experimental: bool = False
 
 
 class Hello(msgspec.Struct, frozen=True):
@@ -177,6 +181,7 @@ class Prepare(msgspec.Struct, frozen=True):
     rdma_address: str = ""  # the standby's, on the link where the primary has an RDMA device; empty: none is wanted
     rdma_required: bool = False
     arbiter: str = "standby"
+    mc: McOptions = McOptions()
 
 
 class Prepared(msgspec.Struct, frozen=True):
@@ -190,6 +195,7 @@ class Prepared(msgspec.Struct, frozen=True):
     tls: bool = False
     rdma: bool = False
     arbiter: str = "standby"  # that it goes by; an older mcft knows no other
+    stream_path: str = ""
 
 
 class RdmaOffer(msgspec.Struct, frozen=True):

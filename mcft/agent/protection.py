@@ -16,6 +16,7 @@ from mcft.agent.model import peer_ledger
 from mcft.agent.setup import STANDBYS_SIDE, OnStep
 from mcft.agent.setup import make_body as make_body
 from mcft.agent.site import boottime_ms, log
+from mcft.engines.mc import Mc
 from mcft.errors import Failed, McftError, Refused, Unreachable
 from mcft.generations import Kind
 
@@ -126,9 +127,12 @@ class Primary(Deciding):
                 "not-protected", f"{self.body.domain} is {self.body.state}, so there is nothing to switch to", self.body.reason,
                 f"mcft status {self.body.domain}",
             )  # fmt: skip
+        if self.body.engine == "mc":
+            # The guest here is ended before the standby takes over: no reachable standby, no switch.
+            await self.site.ask(self.body.peer, "state", self.about("planned switch"), model.Records, 3.0)
         on_step("the last checkpoint", None)
         try:
-            await self.gate.ask("switch", 12.0)
+            await self.gate.ask("switch", 12.0 + (8 * self.body.delay_ms / 1000 if self.body.engine == "mc" else 0.0))
         except BaseException:
             await self._after_failed_switch()
             raise
@@ -150,6 +154,9 @@ class Primary(Deciding):
     async def _hand_over(self) -> None:
         await self.record(Kind.RESIGNED)
         await self.gate.insist("update", record="resigned")
+        if self.body.engine == "mc":
+            # Nothing stops that QEMU (a `stop` is undone by its next checkpoint); its guest's next steps are void.
+            await self.gate.insist("kill")
         while True:
             known = None
             try:
@@ -169,13 +176,21 @@ class Primary(Deciding):
         """At run time, read back from QEMU."""
         self.body.delay_ms = delay_ms
         await self.save()
-        if self.body.state == "protected":
+        if self.body.state == "protected" and self.body.engine == "mc":
+            await self._set_mc_delay(delay_ms)
+        elif self.body.state == "protected":
             await self.gate.ask("update", delay_ms=float(delay_ms))
             await self.gate.qmp([{"execute": "migrate-set-parameters", "arguments": {"x-checkpoint-delay": delay_ms}}])
             replies = await self.gate.qmp([{"execute": "query-migrate-parameters"}])
             found = replies[0].get("return", {}).get("x-checkpoint-delay")
             if found != delay_ms:
                 raise Failed("set", f"QEMU took {found} ms instead of {delay_ms} ms as its delay")
+
+    async def _set_mc_delay(self, delay_ms: int) -> None:
+        """That QEMU does not tell its delay; its answer is all there is. It applies after the sleep that is under way."""
+        command, arguments = await Mc().set_delay_command(self.qmp, delay_ms)
+        await self.qmp.execute(command, **arguments)
+        await self.gate.ask("update", delay_ms=float(delay_ms))
 
     # ---- the agent was restarted ----
 

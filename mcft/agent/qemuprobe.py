@@ -30,8 +30,10 @@ def trustworthy(path: str) -> bool:
 class QemuProbe:
     """`async with QemuProbe(path) as probe: await probe.execute(…)`. version: known once it was entered."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, old: bool = False) -> None:
+        """old: a QEMU of before 2.9, which has no option -accel."""
         self.path, self.version = path, ""
+        self._machine = ("-machine", "none,accel=qtest") if old else ("-machine", "none", "-accel", "qtest")
         self._process: asyncio.subprocess.Process | None = None
 
     async def __aenter__(self) -> QemuProbe:
@@ -39,7 +41,7 @@ class QemuProbe:
         pipe = asyncio.subprocess.PIPE
         try:
             self._process = await asyncio.create_subprocess_exec(
-                self.path, "-S", "-no-user-config", "-nodefaults", "-display", "none", "-machine", "none", "-accel", "qtest",
+                self.path, "-S", "-no-user-config", "-nodefaults", "-display", "none", *self._machine,
                 "-qmp", "stdio", stdin=pipe, stdout=pipe, stderr=asyncio.subprocess.DEVNULL, user=NOBODY, group=NOBODY,
                 extra_groups=[], cwd="/",
             )  # fmt: skip

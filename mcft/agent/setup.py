@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mcft import diskreplica, filterbuffer, generations, streams
-from mcft.agent import buffers, diskfiles, domainxml, hook, model, rdma
+from mcft.agent import buffers, diskfiles, domainxml, hook, mcnet, model, rdma
 from mcft.agent.site import Life, boottime_ms, log
 from mcft.agent.steps import Step
 from mcft.errors import Failed, Refused, Unreachable
@@ -20,8 +20,10 @@ from mcft.qmp_passthrough import add_monitor, remove_monitor
 from mcft.streams import Endpoint
 
 SWITCHOVER_DEADLINE_S = 600.0
+HUNG_MS = 5000.0  # of a monitor, behind the first pass
 FIRST_CHECKPOINT_DEADLINE_S = 10.0  # the guest's output is held all the while
 OnStep = Callable[[str, float | None], None]
+STOCK_ONLY = ("add the monitor", "credentials for the streams", "put quorum over the disks", "copy the disks")
 STANDBYS_SIDE = ("write down the intention", "ban unguarded starts", "prepare the standby")
 
 
@@ -35,6 +37,7 @@ class Setup(Life):
         super().__init__(site, body, ledger)
         self._acknowledged = asyncio.Event()
         self.rdma = rdma.Exchange(self)
+        self.hangs = False  # engine mc: QEMU hangs at its first checkpoint
         self._graph = asyncio.Lock()  # one hand at a time on the domain's block graph
 
     def about(self, detail: str = "") -> model.About:
@@ -44,8 +47,11 @@ class Setup(Life):
         )
 
     def steps(self) -> list[Step[Setup]]:
-        """Protecting, in order; unprotecting and going solo are the same list backwards (from `the standby` on)."""
-        return [
+        """Protecting, in order; unprotecting and going solo are the same list backwards (from `the standby` on).
+
+        Engine mc has neither a monitor to add nor TLS nor disks of the host's.
+        """
+        steps: list[Step[Setup]] = [
             Step("write down the intention", Setup._intend),
             Step("ban unguarded starts", Setup._ban, Setup._unban),
             Step("prepare the standby", Setup._prepare_standby, Setup._discard_standby, undo_timeout_s=60.0),
@@ -59,6 +65,7 @@ class Setup(Life):
             Step("copy the memory and switch over", Setup._switch_over, Setup._abort),
             Step("wait for the first checkpoint", Setup._first_checkpoint),
         ]
+        return steps if self.body.engine != "mc" else [step for step in steps if step.name not in STOCK_ONLY]
 
     async def _intend(self) -> None:
         self.to_state("preparing")
@@ -84,9 +91,9 @@ class Setup(Life):
             body.uuid, body.domain, body.pid, body.g, body.key, body.delay_ms, body.engine, config.loss_ms,
             await self.site.host.xml(body.uuid, migratable=True), body.xml, body.autostart, body.disks,
             [port] * len(pairs), body.disk_paths, body.overwrite, body.g - 1, self.site.versions.get("qemu", ""), body.buffer,
-            streams.offer(config.tls, config.qemu_pki_dir, config.name), await diskfiles.of_domain(self),
-            diskfiles.read_nvram(body.nvram) if body.nvram else None,
-            body.rdma.peer if body.rdma else "", rdma.required(self.rdma_wish()), body.arbiter,
+            "off" if body.engine == "mc" else streams.offer(config.tls, config.qemu_pki_dir, config.name),
+            await diskfiles.of_domain(self), diskfiles.read_nvram(body.nvram) if body.nvram else None,
+            body.rdma.peer if body.rdma else "", rdma.required(self.rdma_wish()), body.arbiter, body.mc,
         )  # fmt: skip
         prepared = await self.site.ask(body.peer, "prepare", request, model.Prepared, 90.0)
         if prepared.arbiter != body.arbiter:
@@ -94,7 +101,7 @@ class Setup(Life):
             raise Refused("old-peer", f"{body.peer} can't be decided for by {body.arbiter}", why, "bring both hosts to one mcft")
         body.links = [LinkSpec(local, port, remote, prepared.keepalive_port) for local, remote in pairs]
         body.mig_port, body.nbd_port = prepared.mig_port, prepared.nbd_port
-        body.peer_versions, body.tls = prepared.versions, prepared.tls
+        body.peer_versions, body.tls, body.stream_path = prepared.versions, prepared.tls, prepared.stream_path
         body.rdma = rdma.settle(body.rdma, self.rdma_wish(), prepared, body.peer)
         self.to_state("syncing")
         await self.save()
@@ -127,6 +134,8 @@ class Setup(Life):
             os.unlink(self.monitor_path())
 
     def _there(self, port: int) -> Endpoint:
+        if self.body.engine == "mc":
+            return Endpoint(self.body.stream_path or self._peer_address(), port, transport=self.body.mc.transport)
         return Endpoint(self._peer_address(), port, self.body.peer if self.body.tls else "")
 
     async def _add_credentials(self) -> None:
@@ -142,12 +151,15 @@ class Setup(Life):
 
     async def _start_gate(self) -> None:
         body, config = self.body, self.site.config
+        if body.engine == "mc":
+            await self.site.host.watch(body.uuid)
         await self.gate.create(
             GateState(
-                body.uuid, body.domain, body.pid, body.g, "primary", body.key, self.monitor_path(), body.qemu_pid,
+                body.uuid, body.domain, body.pid, body.g, "primary", body.key, self.gate_monitor(), body.qemu_pid,
                 body.qemu_start, body.links, record="preparing", mode="pass", buffer=body.buffer, nics=body.nics,
                 loss_ms=config.loss_ms, delay_ms=body.delay_ms, lan_check=list(config.lan_check),
-                limit_bytes=config.buffer_limit_bytes, rdma=body.rdma,
+                limit_bytes=config.buffer_limit_bytes, rdma=body.rdma, engine=body.engine,
+                stream_port=body.mig_port if body.mc.transport == "tcp" else 0,
             )
         )
 
@@ -156,6 +168,8 @@ class Setup(Life):
         if refusal := generations.may_open_primary(self.ledger):
             raise Refused("may-not-open", "the gate is kept, its buffer closed", refusal)
         await self.gate.end()
+        if self.body.engine == "mc":
+            await self.site.host.unwatch(self.body.uuid)
         if self.body.buffer == "plug" and await self._qemu_here():
             await buffers.remove_plugs([nic.target for nic in self.body.nics])
             for nic in self.body.nics:
@@ -169,6 +183,8 @@ class Setup(Life):
                 set_link(nic.target, up=True)
 
     async def _attach(self) -> None:
+        if self.body.buffer == "qemu":
+            await mcnet.prepare(self.body.nics[0].target)
         await self.gate.ask("attach")
 
     async def _detach(self) -> None:
@@ -181,6 +197,8 @@ class Setup(Life):
         await self.gate.insist("open", because=because)
         try:
             await self.gate.insist("detach")
+            if self.body.buffer == "qemu":
+                await mcnet.remove(self.body.nics[0].target)
         finally:
             if await self._qemu_here() and await self.qmp.status() == "paused":
                 await self.qmp.execute("cont")
@@ -215,14 +233,36 @@ class Setup(Life):
         # From here on QEMU plugs and unplugs nothing (qdev_device_add: not while a migration runs).
         domainxml.refuse_other_nics(body.nics, await self.site.host.xml(body.uuid))
         deadline_ms = boottime_ms() + SWITCHOVER_DEADLINE_S * 1000
-        while not await self.engine.switchover_reached(self.qmp):
+        while not await self._switchover_reached():
             if boottime_ms() > deadline_ms:
                 raise Failed("switch-over", "the memory can't be copied: the guest dirties it faster than the link carries it")
-            await asyncio.sleep(0.004)
+            await asyncio.sleep(0.004 if body.engine != "mc" else 0.02)
         await self.gate.ask("hold")
+        if body.engine == "mc":
+            return  # checkpoints have begun; what the guest sent before the hold belongs to no promise yet
         await diskreplica.swap_to_replication(self.qmp, body.disks, self._there(body.nbd_port))
         await self.gate.ask("update", yank=diskreplica.yank_instances(body.disks))
         await self.engine.begin_checkpoints(self.qmp)
+
+    async def _switchover_reached(self) -> bool:
+        try:
+            return await self.engine.switchover_reached(self.qmp)
+        except Failed as error:
+            if self.body.engine != "mc" or error.code != "libvirt-timeout" or not await self._hung_behind_first_pass():
+                raise
+            self.hangs = True
+            return True
+
+    async def _hung_behind_first_pass(self) -> bool:
+        """Whether the first pass is over (its RESUME came) and QEMU, asked again, says nothing while libvirt answers."""
+        seen = (await self.gate.ask("status")).get("mc", {}).get("resumes", 0)
+        if not seen or not await self.site.host.answers():
+            return False
+        try:
+            await self.qmp.status()
+        except Failed as error:
+            return error.code == "libvirt-timeout" and await self.site.host.answers()
+        return False
 
     async def _abort(self) -> None:
         if not await self._qemu_here():
@@ -233,18 +273,30 @@ class Setup(Life):
         await self.engine.abort(self.qmp)
 
     async def _first_checkpoint(self) -> None:
-        """The guest's output waits for it, so it is asked for at once: setting the delay again starts a checkpoint."""
+        """The guest's output waits for it, so it is asked for at once: setting the delay again starts a checkpoint.
+
+        (Engine mc can't be hurried, and shows the first one that counts when the fourth is acknowledged.)
+        """
+        mc = self.body.engine == "mc"
+        if self.hangs:
+            return
+        deadline_s = FIRST_CHECKPOINT_DEADLINE_S + (5 * self.body.delay_ms / 1000 if mc else 0)
         try:
-            async with asyncio.timeout(FIRST_CHECKPOINT_DEADLINE_S):
-                while await self.qmp.status() not in ("running", "colo"):
+            async with asyncio.timeout(deadline_s):
+                while not mc and await self.qmp.status() not in ("running", "colo"):
                     await asyncio.sleep(0.002)
                 delay = {"x-checkpoint-delay": self.body.delay_ms}
-                await self.gate.qmp([{"execute": "migrate-set-parameters", "arguments": delay}])
+                if not mc:
+                    await self.gate.qmp([{"execute": "migrate-set-parameters", "arguments": delay}])
                 await self._acknowledged.wait()
         except TimeoutError:
+            said = (await self.gate.ask("status")).get("mc", {})
+            if said.get("silent_ms", 0.0) > HUNG_MS and await self.site.host.answers():
+                self.hangs = True
+                return
             await self._tell_stall()
             raise Failed(
-                "no-checkpoint", f"no checkpoint was acknowledged within {FIRST_CHECKPOINT_DEADLINE_S:g} s",
+                "no-checkpoint", f"no checkpoint was acknowledged within {deadline_s:g} s",
                 "the standby's QEMU hangs or the link is gone",
             ) from None  # fmt: skip
         await self._stream_lives()
@@ -253,7 +305,7 @@ class Setup(Life):
         """For the log: what each part was at then."""
         try:
             gate = await self.gate.ask("status", 2.0)
-            questions = ("query-status", "query-migrate", "query-colo-status")
+            questions = ("query-status", "query-migrate", *(("query-colo-status",) if self.body.engine != "mc" else ()))
             qemu = await self.gate.qmp([{"execute": name} for name in questions], 2.0)
             theirs = await self.site.ask(self.body.peer, "state", self.about(), model.Records, 2.0)
             log.error("no first checkpoint: gate %s; QEMU %s; %s says %s", gate, qemu, self.body.peer, theirs)
@@ -277,6 +329,7 @@ async def make_body(site: Any, request: Any, g: int) -> model.Body:
     live = await site.host.xml(info.uuid)
     domainxml.refuse_unprotectable(live)
     start = process_start(info.qemu_pid)
+    options = request.mc if request.mc is not None else site.config.mc
     if start is None:
         raise Refused("no-qemu", f"the QEMU of {info.name} can't be found", "its pid file names no process of this domain")
     return model.Body(
@@ -286,5 +339,5 @@ async def make_body(site: Any, request: Any, g: int) -> model.Body:
         disk_paths=dict(request.disks), overwrite=list(request.overwrite), qemu_pid=info.qemu_pid, qemu_start=start,
         boot_id=hook.boot_id(), nics=domainxml.nics(live, domainxml.uses_vhost(info.qemu_pid)),
         nvram=domainxml.nvram(live), rdma_asked=request.rdma_device, arbiter=request.arbiter or site.config.arbiter,
-        arbiter_asked=request.arbiter,
+        arbiter_asked=request.arbiter, mc=options, experimental=request.experimental,
     )  # fmt: skip

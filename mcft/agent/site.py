@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from mcft import __version__, diskreplica, generations, streams
-from mcft.agent import diskfiles, hook, model, network, overlays
+from mcft.agent import diskfiles, hook, model, network, overlays, relay
 from mcft.agent.arbitration import Arbiters, Arbitration
 from mcft.agent.events import EventLog
 from mcft.agent.events import utc_now as utc_now
@@ -27,7 +27,9 @@ from mcft.agent.steps import Runner
 from mcft.agent.store import Store
 from mcft.arbiter.base import Standing
 from mcft.config import Config
+from mcft.engines.base import Engine
 from mcft.engines.colo import Colo
+from mcft.engines.mc import Mc
 from mcft.errors import Failed, NotFound, Refused
 from mcft.faults import die_at
 from mcft.gate.loop import boottime_ms as boottime_ms
@@ -113,14 +115,27 @@ class Life:
     def __init__(self, site: Site, body: model.Body, ledger: Ledger) -> None:
         self.site, self.body, self.ledger = site, body, ledger
         self.qmp = Qmp(site.host, body.uuid)
-        self.gate = GateLink(str(site.config.run_dir), body.uuid, self.on_note)
-        self.engine = Colo()
+        self.gate = GateLink(str(site.config.run_dir), body.uuid, self._note)
+        self._colo = Colo()
         self.arbiter = Arbitration(self)
         self.gate_status: dict[str, Any] = {}
         self.peer_known: model.Records | None = None
         self._recording = asyncio.Lock()
         self.deciding: asyncio.Task[Any] | None = None
         self.tidying = asyncio.Lock()  # held while a copy that is void is cleaned up
+
+    @property
+    def engine(self) -> Engine:
+        """Of the body, which is settled when `protect` has asked QEMU."""
+        if self.body.engine == "mc":
+            return Mc(self.body.mc, qemu_buffers=self.body.buffer == "qemu")
+        return self._colo
+
+    def _note(self, kind: str, fields: dict[str, Any]) -> None:
+        if kind == "command":
+            relay.carry(self, fields)
+        else:
+            self.on_note(kind, fields)
 
     # ---- durable ----
 
@@ -240,6 +255,10 @@ class Life:
     def monitor_path(self) -> str:
         return os.path.join(self.site.config.run_dir, "monitor", f"{self.body.uuid}.sock")
 
+    def gate_monitor(self) -> str:
+        """What the gate is told: the added monitor; with engine mc the domain's second one, or empty (by way of the agent)."""
+        return self.body.second_monitor if self.body.engine == "mc" else self.monitor_path()
+
     def qemu_alive(self) -> bool:
         """Whether the QEMU of this instance, by pid and start time, still runs."""
         return bool(self.body.qemu_pid) and process_start(self.body.qemu_pid) == self.body.qemu_start
@@ -309,6 +328,9 @@ class Life:
         if not self.qemu_alive():
             await self.look()
             return
+        if self.body.engine == "mc":
+            await self._leave_mc()
+            return
         try:
             await overlays.await_committed(self.qmp, self.body.disks, COMMIT_DEADLINE_S)
         except Failed as error:
@@ -329,6 +351,16 @@ class Life:
         self.site.markers.free(self.body.uuid)
         await self.save()
         self.event("take-over", "the overlays are committed; nothing of the take-over is left in the domain")
+
+    async def _leave_mc(self) -> None:
+        """After a take-over: nothing of mcft's is in that QEMU but its capabilities, which are off already."""
+        await self.gate.end()
+        await self.clear_quickack()
+        await self.site.host.unwatch(self.body.uuid)
+        self.body.overlays_g = 0
+        self.label()
+        self.site.markers.free(self.body.uuid)
+        await self.save()
 
     async def commit_offline(self) -> None:
         """The guest ended before QEMU had committed its overlays: the disk alone is wrong. Asked twice, it is done once."""

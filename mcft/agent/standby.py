@@ -272,7 +272,7 @@ class Standby(Copy):
         await self.gate.insist("update", record="taken")
         self.to_state("taking-over", reason)
         try:
-            await self.gate.insist("take", 20.0, peer_closed=peer_closed)
+            await self.gate.insist("take", 20.0 if self.body.engine != "mc" else 100.0, peer_closed=peer_closed)
         except Failed as error:
             if self.qemu_alive():
                 raise

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from mcft import api
+from mcft.agent import mcnet
 from mcft.agent.model import Body
+from mcft.engines import mc
 from mcft.generations import Kind, Ledger
 
 FLOWING = ("protected", "solo", "active", "unprotected", "preparing", "syncing", "resyncing")
@@ -43,6 +45,8 @@ def protection(
     whole = body.state == "protected" and agreed and not gate.get("disk_error") and gate.get("verdict") is None
     following = whole and bool(gate) and (gate.get("lease") if primary else gate.get("loads", 0) > 0)
     unsafe = ["output leaves unbuffered (--netbuffer none)"] if primary and body.buffer_asked == "none" else []
+    if primary and body.buffer == "qemu" and body.engine == "mc":
+        unsafe.append(mcnet.UNSAFE)
     # Both sides need it: the primary when the standby is lost, the standby when the primary is.
     decides = arbiter.reachable and arbiter.peer_reachable is not False
     in_maintenance = host if maintenance else body.peer if peer_maintenance else ""
@@ -58,8 +62,19 @@ def protection(
         checkpoints=_checkpoints(gate), network=_network(body, gate), disks=_disks(body, gate),
         keepalive=[_link(row) for row in gate.get("links", [])],
         versions=_versions(versions, body),
-        job=job, last_event=last,
+        job=job, last_event=last, mc=_mc(body, gate) if body.engine == "mc" else None,
     )  # fmt: skip
+
+
+def _mc(body: Body, gate: dict[str, Any]) -> api.McStatus:
+    """What QEMU last said, in its own names. Capabilities are shown while checkpoints flow: they are off before and after."""
+    said = gate.get("mc", {})
+    on: list[str] = []
+    if said:
+        asked = mc.wanted(body.mc, mc.KNOWN, qemu_buffers=body.buffer == "qemu")
+        on = [row["capability"] for row in asked if row["state"]]
+    numbers = {name: said[name] for name in (*mc.STATISTICS, "downtime") if name in said}
+    return api.McStatus(body.mc.transport, on, said.get("checkpoints"), numbers, body.second_monitor or "libvirt")
 
 
 def _flows(body: Body, gate: dict[str, Any], *, agreed: bool) -> bool:

@@ -9,6 +9,8 @@ import sys
 
 from mcft.agent.sd import notify
 from mcft.gate.core import Gate
+from mcft.gate.mcprimary import McPrimary
+from mcft.gate.mcstandby import McStandby
 from mcft.gate.primary import Primary
 from mcft.gate.standby import Standby
 from mcft.gate.state import load, paths
@@ -26,7 +28,8 @@ def main(argv: list[str]) -> int:
     except FileNotFoundError:
         print(f"no gate state {state_path}: this domain is not protected here", file=sys.stderr)
         return 3
-    gate = Gate(state, run_dir, Primary if state.role == "primary" else Standby)
+    sides = (McPrimary, McStandby) if state.engine == "mc" else (Primary, Standby)
+    gate = Gate(state, run_dir, sides[0] if state.role == "primary" else sides[1])
     # What is alive now stays alive: the collector need never look at it during a release.
     gc.collect()
     gc.freeze()

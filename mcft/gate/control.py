@@ -39,8 +39,14 @@ class Control:
     path: str
     loop: Loop
     handler: Handler
+    on_agent: Callable[[bool], None] | None = None  # one came (True), or the last one left
     _clients: list[_Client] = field(default_factory=list)
     _server: socket.socket | None = None
+
+    @property
+    def connected(self) -> bool:
+        """Whether an agent is there."""
+        return bool(self._clients)
 
     def listen(self) -> None:
         """Take the path over from a dead predecessor (only one gate of a name runs: systemd sees to it)."""
@@ -64,6 +70,8 @@ class Control:
         client = _Client(sock)
         self._clients.append(client)
         self.loop.watch(sock, selectors.EVENT_READ, lambda events: self._ready(client, events))
+        if self.on_agent is not None:
+            self.on_agent(True)
 
     def _ready(self, client: _Client, events: int) -> None:
         if events & selectors.EVENT_WRITE:
@@ -129,7 +137,10 @@ class Control:
         self.loop.watch(client.sock, wanted, lambda events: self._ready(client, events))
 
     def _gone(self, client: _Client) -> None:
-        if client in self._clients:
+        was_there = client in self._clients
+        if was_there:
             self._clients.remove(client)
         self.loop.forget(client.sock)
         client.sock.close()
+        if was_there and not self._clients and self.on_agent is not None:
+            self.on_agent(False)

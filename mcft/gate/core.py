@@ -16,12 +16,14 @@ from mcft.gate.control import Answer, Control, Denied
 from mcft.gate.lan import LanCheck
 from mcft.gate.loop import Commands, Loop, Task, Until, boottime_ms
 from mcft.gate.rdma import RdmaLink
+from mcft.gate.relay import Relay
 from mcft.gate.state import GateState, paths, process_start, save
 from mcft.keepalive import Heard, Link, Session, Word
 from mcft.monitor import DISK_ERRORS, Message, Monitor, MonitorGone, stamp_ms
 
 RECONNECT_MS = 20.0
 CONNECT_MS = 2000.0
+LAST_WORDS_MS = 500.0  # libvirt's events come through the agent, up to 180 ms late: why QEMU ended may still be on its way
 WATCHED = ("preparing", "arming", "armed", "protected")
 
 
@@ -50,7 +52,8 @@ class Gate:
         self.state_path, control_path = paths(run_dir, state.uuid)
         self.loop = Loop(self.send_commands)
         self.control = Control(control_path, self.loop, self._request)
-        self.monitor = Monitor(state.monitor)
+        self.monitor = Monitor(state.monitor) if state.monitor else Relay(control=self.control)
+        self.control.on_agent = self._agent_changed
         self.session = Session(bytes.fromhex(state.key), bytes.fromhex(state.pid))
         self.links: list[Link] = []
         self.own_qemu: Qemu = "unknown"
@@ -79,6 +82,8 @@ class Gate:
             "update": self._update,
             "qmp": self._qmp,
             "event": self._missed_event,
+            "reply": self._relayed,
+            "last-words": self._last_words,
             "quit": self._quit,
             **(self.rdma.handlers() if self.rdma else {}),
             **self.side.handlers(),
@@ -115,7 +120,7 @@ class Gate:
 
     def until_connected(self) -> Until:
         """For tasks that need the monitor: at most 2 s, and not for a dead QEMU."""
-        return self.wait(lambda: self.monitor.sock is not None or self.own_qemu != "running", CONNECT_MS)
+        return self.wait(lambda: self.monitor.connected or self.own_qemu != "running", CONNECT_MS)
 
     def open_links(self) -> None:
         """A link that can't be opened now (address missing) counts as silent; it is tried again with the timer."""
@@ -141,7 +146,7 @@ class Gate:
 
     @property
     def settings(self) -> Settings:
-        return Settings(self.state.loss_ms, self.state.delay_ms)
+        return Settings(self.state.loss_ms, self.state.delay_ms, sees_stream=self.state.engine != "mc")
 
     # ---- QEMU: its process and its monitor ----
 
@@ -164,13 +169,19 @@ class Gate:
             os.close(self._pidfd)
             self._pidfd = -1
         self._read_monitor()
+        if isinstance(self.monitor, Relay) and self.monitor.connected:
+            self.loop.after(LAST_WORDS_MS, self._count_as_ended)
+        else:
+            self._count_as_ended()
+
+    def _count_as_ended(self) -> None:
         if not self.own_ended:
             self.own_ended = True
             self.own_qemu = "shutdown" if self.shutdown_ms is not None else "gone"
             self._decide(boottime_ms())
 
     def _connect_monitor(self) -> None:
-        if self.own_qemu != "running" or self._opening is not None or self.monitor.sock is not None:
+        if not self.state.monitor or self.own_qemu != "running" or self._opening is not None or self.monitor.connected:
             return
         try:
             self._opening = self.monitor.open()
@@ -385,7 +396,7 @@ class Gate:
             shutdown_for_ms=0.0 if self.shutdown_ms is None else now_ms - self.shutdown_ms,
             stream_dead=self.side.stream_dead(),
             stream_age_ms=self.side.stream_age_ms(now_ms),
-            monitor_silent_ms=now_ms - self.monitor.last_reply_ms,
+            monitor_silent_ms=self.monitor.silent_ms(now_ms),
             disk_error=self.disk_error,
             buffer_broken=self.buffer_broken,
             silent_ms=silent_ms,
@@ -430,12 +441,29 @@ class Gate:
 
     def _update(self, request: dict[str, Any], answer: Answer) -> None:
         """Facts that the agent has made durable (record) or learned (delay_ms, yank); written down here too."""
-        for name in ("record", "delay_ms", "yank", "silenced", "lan_check"):
+        for name in ("record", "delay_ms", "yank", "silenced", "lan_check", "stream_port"):
             if name in request:
                 setattr(self.state, name, request[name])
         self.lan.addresses = list(self.state.lan_check)
         self.persist()
         self.say()
+        answer({})
+
+    def _agent_changed(self, there: bool) -> None:
+        if isinstance(self.monitor, Relay) and there:
+            self.side.monitor_connected()
+        elif isinstance(self.monitor, Relay):
+            self.monitor.agent_left()
+
+    def _relayed(self, request: dict[str, Any], answer: Answer) -> None:
+        """The reply to a command that the agent carried to libvirt."""
+        if isinstance(self.monitor, Relay):
+            self.monitor.answered(request["n"], request["reply"], boottime_ms())  # (nobody waits for an answer to an answer)
+
+    def _last_words(self, request: dict[str, Any], answer: Answer) -> None:
+        """libvirt says that the domain has stopped: every event of it came before."""
+        if process_start(self.state.qemu_pid) != self.state.qemu_start:
+            self._count_as_ended()
         answer({})
 
     def _missed_event(self, request: dict[str, Any], answer: Answer) -> None:
@@ -486,7 +514,7 @@ class Gate:
             "own_qemu": self.own_qemu, "disk_error": self.disk_error, "claiming": self.state.claiming,
             "buffer_broken": self.buffer_broken, "closed": self.side.closed(), "stream_dead": self.side.stream_dead(),
             "stream_age_ms": self.side.stream_age_ms(now_ms), "event_lag_ms": self.event_lag_ms,
-            "monitor": self.monitor.sock is not None, "oob": self.monitor.oob, "stalls": self.silence.stalls,
+            "monitor": self.monitor.connected, "oob": self.monitor.oob, "stalls": self.silence.stalls,
             "peer": {"record": self.peer.record, "qemu": self.peer.qemu, "claiming": self.peer.claiming,
                      "closed": self.peer.closed, "loads": self.peer.loads, "acks": self.peer.acks},
             "links": [{"link": name, "age_ms": age, "missed": 0 if age is None else max(0, int(age / interval_ms) - 1)}

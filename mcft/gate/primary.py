@@ -52,7 +52,7 @@ class Primary:
             from mcft.gate.plug import PlugSide  # pyroute2 takes 0.3 s to import, and only this way needs it
 
             return PlugSide(self.gate, self._stop_output, self._buffer_failed)
-        return NoSide() if self.gate.state.buffer == "none" else FilterSide(self.gate)
+        return NoSide() if self.gate.state.buffer in ("none", "qemu") else FilterSide(self.gate)
 
     def _new_commit(self) -> CommitGate:
         return CommitGate(self.gate.state.loss_ms, margin_ms=self.gate.state.loss_ms / 15, on_hold_ms=self.hold_ms.add)
@@ -183,7 +183,7 @@ class Primary:
 
     def _stop_output(self) -> None:
         self.buffer.close()
-        if self.gate.state.buffer != "none":
+        if self.gate.state.buffer != "none":  # (QEMU's own holds nothing once its standby is gone: the tap does)
             self._taps(up=False)
 
     def _buffer_failed(self, reason: str) -> None:

@@ -34,7 +34,8 @@ class GateState(msgspec.Struct):
 
     yank: instances for QEMU's `yank`. silenced: interfaces that `speak` sets up and frees of mcft's drop filter.
     limit_bytes: what the buffer holds per NIC at most; 0: as the buffer itself thinks fit.
-    tcg: the guest runs without KVM (`engines/tcg.py`).
+    tcg: the guest runs without KVM (`engines/tcg.py`). monitor: empty where the agent carries commands and events (`relay.py`).
+    stream_port: of the checkpoint stream on the standby's host, by which its socket is known; 0: it has none.
     """
 
     uuid: str
@@ -64,6 +65,8 @@ class GateState(msgspec.Struct):
     limit_bytes: int = 0
     tcg: bool = False
     rdma: RdmaSpec | None = None
+    engine: str = "colo"
+    stream_port: int = 0
 
 
 def paths(run_dir: str, uuid: str) -> tuple[str, str]:

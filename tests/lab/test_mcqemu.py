@@ -25,8 +25,8 @@ def fresh_world(the_lab: None) -> None:
 def test_as_recorded(name: str) -> None:
     """The same scenario, the same statuses, events, silences, errors and exits; the counter never more than 3 behind.
 
-    Fails if, say, `source.py` lets QEMU's own STOP out at each checkpoint, counts captures instead of loads,
-    or `monitor_front.py` reads while deaf.
+    Fails if, say, `source.py` lets QEMU's own STOP out at each checkpoint or shows all that is acknowledged (not one less),
+    or `destination.py` leaves the monitor alive while it follows.
     """
     done = world.H1.run("/usr/bin/python3", "-B", PLAYER, name, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

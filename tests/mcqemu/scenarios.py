@@ -307,6 +307,15 @@ def source_stopped() -> None:
     src.migration()
 
 
+def source_paused() -> None:
+    port = free_port()
+    Qemu("dst", "-incoming", f"tcp:127.0.0.1:{port}")
+    src = Qemu("src", "-S")
+    protect(src, port)
+    checkpoints(src, 10)
+    src.status()
+
+
 def cancelled_first_pass() -> None:
     src, dst, port = pair()
     set_up(src, speed_bytes=10_000)
@@ -434,6 +443,7 @@ PLAYED: dict[str, Callable[[], None]] = {
     "21b-src-kill-active": source_killed_first_pass,
     "21c-dst-kill-active": standby_killed_first_pass,
     "22-reprotect": reprotect,
+    "25c-src-paused": source_paused,
     "32-dstS-queued-quit": quit_queued,
     "40-partition-mute-10s-heal": partition_heals,
     "90-src-hang-zero-dirty-then-kill-dst-S": hang,

@@ -107,9 +107,10 @@ class Source:
         elif name == "RESUME" and self._ending:
             pass
         elif name == "RESUME" and self.status == "active":
+            stood = self.stopped_by_hand
             self.status, self.stopped_by_hand = "checkpointing", False
             self._pace = self._spawn(self._checkpoints())
-            return False
+            return stood  # MC starts a guest that stood without a word
         elif name == "RESUME" and self._capturing:
             self._loaded()
         else:

@@ -207,7 +207,7 @@ def test_what_was_asked_before_the_barrier_does_not_count() -> None:
     g.lease_renewed(0, 0)
     g.counter_read(3, 0, 0)
     g.capture_seen(0)
-    assert g.counter_read(4, 0, 1) == []  # asked before: the barrier's own count is still to come
+    assert g.counter_read(3, 0, 1) == []  # asked before: the barrier's own count is still to come
     assert g.counter_read(4, 1, 2) == [] and g.counter_read(5, 1, 3) == []
     assert Release(1) in g.counter_read(6, 1, 4)
 

@@ -19,12 +19,12 @@ WAY_HOME_S = 60
 @pytest.fixture(scope="session", autouse=True)
 def the_lab() -> None:
     world.up()
-    world.lab("vm", "start", timeout=200)
 
 
 @pytest.fixture(scope="session")
 def load(the_lab: None) -> Iterator[Load]:
-    """One client's view for the whole session: its connection and its writes go through every test."""
+    """The lab's guest on h1, and one client's view of it: its connection and its writes go through every test with it."""
+    world.lab("vm", "start", timeout=200)
     with watching() as made:
         yield made
 

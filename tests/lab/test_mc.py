@@ -1,0 +1,136 @@
+"""Engine `mc` on real domains: libvirt, gates, agents are real; QEMU is the stand-in (`tests/mcqemu`: its first line says so).
+
+A guest without a disk of the host's. This machine's kernel has no plug, and that QEMU no filter, so nothing is buffered here
+(`--netbuffer none`): what leaves when is shown by the replays (`tests/replay`), who goes on and how fast by these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import world
+from mcworld import definition, hang_next, traced, without_tls
+from world import H1, H2, HOSTS, REPO, guest_answers, lab, link, now, protect, redefined, until
+
+pytestmark = pytest.mark.skipif(not (REPO / "tests/mcqemu/emulator").exists(), reason="the stand-in is not in this tree")
+
+
+@pytest.fixture(scope="module")
+def hosts_without_tls(the_lab: None) -> Iterator[None]:
+    """For all tests here; afterwards the lab's own configuration and guest."""
+    for host in HOSTS:
+        if not host.on:
+            host.power_on()
+    world.wipe()
+    for host in HOSTS:
+        without_tls(host)
+        traced(host)
+    yield
+    world.wipe()
+    lab("install")
+    lab("vm", "start", "h1")
+
+
+@pytest.fixture(autouse=True)
+def fresh_world(hosts_without_tls: None) -> None:
+    """Not the world of the other tests: vm1 by the stand-in, on h1, unprotected; links up, both hosts on."""
+    for name in ("rep", "lan:h1"):
+        link(name, "up")
+    for host in HOSTS:
+        if not host.on:
+            host.power_on()
+        without_tls(host)
+    if H1.status() or H2.status() or H1.qemu_pid() is None or not guest_answers():
+        world.wipe()
+        redefined(definition())
+
+
+def follow() -> None:
+    protect(H1, "--engine", "mc", "--netbuffer", "none", "--delay", "100ms")
+
+
+def test_protect_set_and_let_go() -> None:
+    """Chosen by asking QEMU; its statistics shown; the delay changed; nothing left. Fails if `auto` took colo."""
+    refused = H1.mcft("protect", "vm1", "--to", "host2", check=False)
+    assert refused.returncode == 4, refused.stderr
+    follow()
+    shown = H1.status()
+    assert (shown["engine"], shown["mc"]["transport"], shown["mc"]["monitor"]) == ("mc", "tcp", "libvirt")
+    assert {"mc", "mc-net-disable", "mc-disk-disable"} <= set(shown["mc"]["capabilities"])
+    assert {"xmit-time", "ram-copy-time", "downtime"} <= set(shown["mc"]["statistics"])
+    H1.mcft("set", "vm1", "--delay", "400ms")
+    until(lambda: 1.0 < H1.status()["checkpoints"]["rate_hz"] < 3.5, 15, "its checkpoints come at the new delay")
+    H1.mcft("unprotect", "vm1")
+    assert guest_answers() and H2.qemu_pid() is None
+    assert {row["state"] for row in H1.qmp("query-migrate-capabilities") if row["capability"].startswith("mc")} == {False}
+
+
+@pytest.mark.parametrize("loss", ["kill", "power"])
+def test_take_over(loss: str, measure: Callable[[str, float], float]) -> None:
+    """The primary's QEMU killed, or its host's power cut; protected back afterwards. Fails if the copy resumed by itself."""
+    follow()
+    until(lambda: H2.status()["survives_host_loss"], 10, "the standby is whole")
+    at_s = H1.kill_qemu() if loss == "kill" else H1.power_off()
+    until(guest_answers, 30, "the guest answers on host2")
+    measure(f"mc: guest answers after {loss}", now() - at_s)
+    assert H2.await_state("active")["guest_running"]
+    if loss == "power":
+        H1.power_on()
+        without_tls(H1)
+    protect(H2, "--engine", "mc", "--netbuffer", "none")
+    H2.mcft("unprotect", "vm1")
+
+
+def test_partition() -> None:
+    """Both links cut: the standby breaks its deaf QEMU's socket and goes on; the other side loses when they are back.
+
+    Fails without SOCK_DESTROY: that QEMU would wait for 70 s.
+    """
+    follow()
+    began_s = now()
+    link("rep", "down")
+    link("lan:h1", "down")
+    H2.await_state("active", timeout=15)
+    assert now() - began_s < 20
+    link("lan:h1", "up")
+    link("rep", "up")
+    H1.await_lost()
+    assert H1.qemu_pid() is None and guest_answers()
+
+
+def test_planned_switch() -> None:
+    follow()
+    H1.mcft("failover", "vm1")
+    assert H2.await_state("active")["guest_running"] and H1.qemu_pid() is None
+    assert guest_answers()
+
+
+def test_a_power_off_is_no_take_over() -> None:
+    follow()
+    H1.sh("virsh -q destroy vm1")
+    H1.await_state("stopped")
+    until(lambda: H2.qemu_pid() is None, 20, "the copy is gone")
+
+
+def test_a_hang_is_handed_over() -> None:
+    """A checkpoint without a dirty page hangs that QEMU for ever: counter frozen, monitor silent; it is killed, the copy goes on.
+
+    Fails if nobody kills it: its monitor's end would never come.
+    """
+    follow()
+    until(lambda: H2.status()["survives_host_loss"], 10, "the standby is whole")
+    hang_next(H1)
+    H2.await_state("active", timeout=40)
+    until(guest_answers, 20, "the guest answers on host2")
+    H1.await_lost()
+    assert H1.qemu_pid() is None
+
+
+def test_the_standby_dies() -> None:
+    """Its QEMU killed: the primary says `failed` and goes on, and is protected again. Fails if the guest was touched."""
+    follow()
+    generation = H1.status()["generation"]
+    H2.kill_qemu()
+    until(lambda: H1.state() == "protected" and H1.status()["generation"] > generation, 60, "protected again")
+    assert guest_answers()

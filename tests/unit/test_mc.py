@@ -1,0 +1,256 @@
+"""What engine `mc` refuses and chooses, and how the agent carries a gate's commands: each by a FAKE QEMU or libvirt."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from mcft import api, config
+from mcft.agent import mccheck, mcnet, relay
+from mcft.agent.model import Body
+from mcft.agent.statusview import protection
+from mcft.config import Config
+from mcft.engines import mc
+from mcft.errors import Failed, Refused, Usage
+from mcft.generations import Kind, Ledger
+from mcft.netbuffer import Nic
+from mcft.streams import Endpoint
+
+ALL = ("xbzrle", "rdma-pin-all", "auto-converge", "mc", "mc-net-disable", "mc-disk-disable", "mc-rdma-copy", "rdma-keepalive")
+QEMU = "xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'"
+TAP = Nic("vnet0", "52:54:00:00:00:01", "hostnet0", "virtio", True, "bridge")
+
+
+class FakeQmp:
+    """That QEMU's answers to what it is asked about itself."""
+
+    def __init__(self, *capabilities: str, **answers: Any) -> None:
+        self.answers = {
+            "query-migrate-capabilities": [{"capability": name, "state": False} for name in capabilities],
+            "query-commands": [{"name": "migrate"}, {"name": "migrate-set-mc-delay"}], **answers,
+        }  # fmt: skip
+        self.sent: list[tuple[str, dict[str, Any]]] = []
+
+    async def execute(self, command: str, **arguments: Any) -> Any:
+        self.sent.append((command, arguments))
+        answer = self.answers.get(command, {})
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+# ---- which engine, which capabilities ----
+
+
+async def test_auto_asks_qemu() -> None:
+    assert await mccheck.choose_engine(FakeQmp(*ALL), "auto") == "mc"
+    assert await mccheck.choose_engine(FakeQmp("x-colo"), "auto") == "colo"
+    assert await mccheck.choose_engine(FakeQmp(*ALL), "colo") == "colo"
+
+
+def test_what_is_switched_on() -> None:
+    """mc-disk-disable is always on where it exists; an older series has none. Fails if one is left to QEMU's default."""
+    rows = {row["capability"]: row["state"] for row in mc.wanted(api.McOptions(), ALL)}
+    assert {name for name, on in rows.items() if on} == {"mc", "mc-net-disable", "mc-disk-disable"}
+    assert rows["mc-rdma-copy"] is False and rows["rdma-pin-all"] is False
+    older = {row["capability"] for row in mc.wanted(api.McOptions(), ("mc", "mc-net-disable")) if row["state"]}
+    assert older == {"mc", "mc-net-disable"}
+    assert not {row["capability"]: row["state"] for row in mc.wanted(api.McOptions(), ALL, qemu_buffers=True)}["mc-net-disable"]
+
+
+def test_the_earlier_spelling() -> None:
+    rows = mc.wanted(api.McOptions("rdma", rdma_pin_all=True), ("mc", "mc-net-disable", "x-rdma-pin-all"))
+    assert {"capability": "x-rdma-pin-all", "state": True} in rows
+
+
+@pytest.mark.parametrize(("option", "name"), [("rdma_copy", "mc-rdma-copy"), ("rdma_keepalive", "rdma-keepalive")])
+async def test_a_lacking_capability_is_named(option: str, name: str) -> None:
+    engine = mc.Mc(api.McOptions("rdma", **{option: True}))
+    qmp = FakeQmp("mc", "mc-net-disable")
+    assert name in await engine.unsupported(qmp)
+    with pytest.raises(Refused, match=name):
+        await engine.start(qmp, Endpoint("192.0.2.1", 1), 100, 1)
+    assert "migrate-set-capabilities" not in [command for command, _ in qmp.sent]
+
+
+async def test_a_refused_migrate_takes_the_capabilities_back() -> None:
+    qmp = FakeQmp(*ALL, migrate=Failed("qmp", "Parameter 'uri' expects a valid migration protocol"))
+    with pytest.raises(Failed):
+        await mc.Mc().start(qmp, Endpoint("192.0.2.1", 1), 100, 1)
+    last = [arguments for command, arguments in qmp.sent if command == "migrate-set-capabilities"][-1]
+    assert {row["state"] for row in last["capabilities"]} == {False}
+
+
+@pytest.mark.parametrize("delay", [0, -1, 9, 10_001, 1.5, True])
+def test_a_delay_that_would_crash(delay: Any) -> None:
+    with pytest.raises(Usage):
+        mc.delay_arguments(delay)
+
+
+def test_transports(tmp_path: Path) -> None:
+    assert Endpoint("::1", 7, transport="rdma").uri == "rdma:[::1]:7"
+    assert Endpoint("/run/s", 0, transport="unix").uri == "unix:/run/s"
+    with pytest.raises(Refused, match="no RDMA device"):
+        mc.refuse_transport(api.McOptions("rdma"), "host1", str(tmp_path))
+    (tmp_path / "mlx5_0").mkdir()
+    mc.refuse_transport(api.McOptions("rdma", rdma_copy=True), "host1", str(tmp_path))
+    with pytest.raises(Refused, match="--rdma-keepalive"):
+        mc.refuse_transport(api.McOptions("tcp", rdma_keepalive=True), "host1", str(tmp_path))
+
+
+def test_the_configuration() -> None:
+    read = config.parse("[mc]\ntransport = \"rdma\"\nrdma_copy = true\n")
+    assert read.mc == api.McOptions("rdma", rdma_copy=True)
+    with pytest.raises(Usage):
+        config.parse("[mc]\ntransport = \"exec\"\n")
+
+
+# ---- the domain ----
+
+
+def domain(devices: str, more: str = "") -> str:
+    return f"<domain type='kvm' {QEMU}><devices>{devices}</devices>{more}</domain>"
+
+
+def commandline(*words: str) -> str:
+    return "<qemu:commandline>" + "".join(f"<qemu:arg value='{word}'/>" for word in words) + "</qemu:commandline>"
+
+
+def test_a_disk_that_the_guest_writes_is_refused() -> None:
+    disk = "<disk type='file' device='disk'><source file='/a'/><target dev='vda' bus='virtio'/>{}</disk>"
+    (refusal,) = mccheck.disk_refusals(domain(disk.format("")))
+    assert refusal.exit_code == 4 and "vda" in refusal.message
+    shared = disk.format("<shareable/>")
+    assert mccheck.disk_refusals(domain(shared))
+    assert mccheck.disk_refusals(domain(disk.format("<readonly/>"))) == []
+    assert mccheck.disk_refusals(domain(disk.replace("'disk'", "'cdrom'", 1).format(""))) == []
+
+
+async def test_a_virtio_nic_needs_its_offloads_off() -> None:
+    nic = "<interface type='bridge'><model type='{}'/><alias name='net0'/></interface>"
+    (refusal,) = await mccheck.nic_refusals(domain(nic.format("virtio")), FakeQmp(**{"qom-get": True}))
+    assert refusal.exit_code == 4 and "ctrl_guest_offloads" in refusal.message + refusal.next_step
+    assert await mccheck.nic_refusals(domain(nic.format("virtio")), FakeQmp(**{"qom-get": False})) == []
+    assert await mccheck.nic_refusals(domain(nic.format("e1000")), None) == []
+    cured = domain(nic.format("virtio"), commandline("-global", "virtio-net-pci.ctrl_guest_offloads=off"))
+    assert await mccheck.nic_refusals(cured, None) == []
+
+
+def test_the_second_monitor(tmp_path: Path) -> None:
+    """Found in both spellings, if its socket is there; another chardev is not taken for it."""
+    path = tmp_path / "mon"
+    by_qmp = domain("", commandline("-qmp", f"unix:{path},server,nowait"))
+    assert mccheck.second_monitor(by_qmp) == ""
+    path.touch()
+    assert mccheck.second_monitor(by_qmp) == str(path)
+    words = ("-chardev", f"socket,id=mcft-mon,path={path},server,nowait", "-mon", "chardev=mcft-mon,mode=control")
+    assert mccheck.second_monitor(domain("", commandline(*words))) == str(path)
+    assert mccheck.second_monitor(domain("", commandline("-chardev", f"socket,id=other,path={path}"))) == ""
+
+
+def test_tls_is_refused() -> None:
+    with pytest.raises(Refused, match="required"):
+        mccheck.refuse_tls(Config(tls="required"))
+    mccheck.refuse_tls(Config(tls="opportunistic"))
+
+
+async def test_the_buffer() -> None:
+    """No filter; its own only with one NIC and the arbiter fence."""
+    with pytest.raises(Refused, match="redirector"):
+        await mccheck.choose_buffer("filter", [TAP], "standby")
+    assert await mccheck.choose_buffer("none", [TAP], "standby") == "none"
+    with pytest.raises(Refused, match="fence"):
+        await mccheck.choose_buffer("qemu", [TAP], "standby")
+    with pytest.raises(Refused, match="one NIC"):
+        await mccheck.choose_buffer("qemu", [TAP, TAP], "fence")
+
+
+@pytest.mark.parametrize(("tap", "name"), [("tap0", "ifb0"), ("vnet12", "ifb12"), ("a1b2", "ifb1b2")])
+def test_the_name_of_its_ifb(tap: str, name: str) -> None:
+    assert mcnet.ifb_name(tap) == name
+
+
+@pytest.mark.parametrize("tap", ["tap", "x1234567890123"])
+def test_a_tap_that_would_abort_it(tap: str) -> None:
+    with pytest.raises(Refused):
+        mcnet.ifb_name(tap)
+
+
+# ---- the agent's part of a relayed monitor ----
+
+
+class FakeHost:
+    """libvirt: `reply` is what QEMU says, an exception, or None for silence; `alive`: the daemon itself."""
+
+    def __init__(self, reply: Any, alive: bool = True) -> None:
+        self.reply, self.alive = reply, alive
+        self.asked: list[str] = []
+
+    async def qmp(self, _uuid: str, body: dict[str, Any], timeout_s: float = 0) -> Any:
+        self.asked.append(body["execute"])
+        if self.reply is None:
+            await asyncio.Event().wait()
+        if isinstance(self.reply, Exception):
+            raise self.reply
+        return self.reply
+
+    async def resume(self, _uuid: str) -> None:
+        self.asked.append("virDomainResume")
+
+    async def answers(self) -> bool:
+        return self.alive
+
+
+def life(host: FakeHost, side: str = "primary", *kinds: Kind) -> Any:
+    ledger = Ledger("p", cast(Any, side), 3)
+    for kind in kinds:
+        ledger.append(kind)
+    return SimpleNamespace(body=SimpleNamespace(engine="mc", uuid="u"), ledger=ledger, site=SimpleNamespace(host=host))
+
+
+async def test_replies_are_carried_as_they_are() -> None:
+    refused = {"error": {"class": "GenericError", "desc": "no"}}
+    assert await relay.answer(life(FakeHost(refused)), "query-migrate", {}) == refused
+
+
+async def test_libvirts_silence_is_not_qemus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a daemon that is away would look like a QEMU that hangs: that one is killed."""
+    monkeypatch.setattr(relay, "PATIENCE_S", 0.01)
+    away = await relay.answer(life(FakeHost(None, alive=False)), "query-migrate", {})
+    assert away["error"]["class"] == relay.AWAY
+    broken = await relay.answer(life(FakeHost(Failed("libvirt", "connection reset"))), "query-migrate", {})
+    assert broken["error"]["class"] == relay.AWAY
+    monkeypatch.setattr(relay, "PROBE_EVERY_S", 0.01)
+    waiting = asyncio.create_task(relay.answer(life(FakeHost(None)), "query-migrate", {}))
+    done, _ = await asyncio.wait({waiting}, timeout=0.2)
+    assert not done  # QEMU's own silence stays a question without an answer
+    waiting.cancel()
+
+
+async def test_a_standby_that_follows_is_never_asked() -> None:
+    host = FakeHost({"return": {}})
+    for kinds in ((Kind.PREPARING,), (Kind.PREPARING, Kind.ARMED)):
+        assert "error" in await relay.answer(life(host, "standby", *kinds), "query-status", {})
+    assert host.asked == []
+    taken = life(host, "standby", Kind.PREPARING, Kind.ARMED, Kind.TAKEN)
+    assert await relay.answer(taken, "cont", {}) == {"return": {}}
+    assert host.asked == ["virDomainResume"]
+
+
+# ---- status ----
+
+
+def test_its_statistics_are_shown() -> None:
+    body = Body("u", "vm1", "p", 3, "primary", "host2", state="protected", engine="mc", buffer="none")
+    gate = {
+        "role": "primary", "acknowledged": 5, "rate_hz": 9.9, "last_ack_age_ms": 1.0, "pause_ms": {"p50": None, "p99": None},
+        "mc": {"status": "checkpointing", "checkpoints": 4, "polls": 9, "xmit-time": 3.0, "mbps": 800.5, "downtime": 2.0},
+    }  # fmt: skip
+    shown = protection(body, Ledger("p", "primary", 3), gate, None, None, {}, True, "host1")
+    assert shown.mc is not None
+    assert shown.mc.statistics == {"xmit-time": 3.0, "mbps": 800.5, "downtime": 2.0} and shown.mc.checkpoints == 4
+    assert shown.mc.capabilities == ["mc", "mc-net-disable", "mc-disk-disable"] and shown.mc.monitor == "libvirt"
