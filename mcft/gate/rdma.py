@@ -58,6 +58,7 @@ class RdmaLink:
         self.inbox = Inbox(memoryview(mmap.mmap(self._memory, REGION_BYTES)))
         self._sock: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._ending: list[subprocess.Popen[bytes]] = []
         self._waiting: deque[Answer] = deque()
         self._idle_since_ms = boottime_ms()
         self._want_every_ms = FIRST_WANT_MS
@@ -87,6 +88,7 @@ class RdmaLink:
 
     def tick(self, now_ms: float) -> None:
         """With every keepalive: start the process anew where it ended; ask the agent for a connection, less and less often."""
+        self._ending = [process for process in self._ending if process.poll() is None]
         if self._process is None and self.state != "absent" and now_ms > self._restart_at_ms:
             self.start()
         elif self.state == "idle" and self._leads and now_ms > self._want_at_ms:
@@ -137,8 +139,9 @@ class RdmaLink:
         for answer in waiting:
             answer(Denied("the verbs process ended"))
         if self._process is not None:
+            # Never waited for: a process that the kernel holds in an adapter's driver would hold the gate with it.
             self._process.kill()
-            self._process.wait()
+            self._ending.append(self._process)
             self._process = None
 
     def close(self) -> None:
