@@ -201,8 +201,8 @@ def main(argv: list[str]) -> int:
         _tell(sock, {"absent": f"pyverbs can't be imported ({ABSENT}); {rdmadevices.INSTALL}"})
         return 0
     verbs = Verbs(msgspec.json.decode(argv[3], type=Spec), memory)
-    _tell(sock, {"ready": True})
     with suppress(OSError):  # the gate went while it was told something
+        _tell(sock, {"ready": True})
         serve(verbs, sock)
     return 0
 
