@@ -104,7 +104,7 @@ def test_an_arbiter_that_cannot_decide_is_a_line_of_check() -> None:
         assert word in render.check_lines(api.Status("host1", [p]))[0]
         assert "CAN'T DECIDE" in " ".join(render.protection_text("host1", p).split())
     fine = changed(arbiter=api.ArbiterStatus("etcd", True, 300.0, None, True))
-    assert "arbiter etcd (300ms ago)" in " ".join(render.protection_text("host1", fine).split())
+    assert "arbiter etcd (300 ms ago)" in " ".join(render.protection_text("host1", fine).split())
 
 
 def test_without_an_arbiter_the_hint_names_the_standbys_host() -> None:
