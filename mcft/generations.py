@@ -67,6 +67,7 @@ _AFTER: dict[Side, dict[Kind, frozenset[Kind]]] = {
         Kind.ENDED: frozenset({Kind.PREPARING, Kind.ARMED, Kind.NOT_WHOLE}),
     },
 }
+UNDECIDED = (Kind.ARMING, Kind.PROTECTED, Kind.DIED, Kind.RESIGNED)  # of a primary: who goes on is not known yet
 FINAL = frozenset({Kind.SOLO, Kind.LOST, Kind.TAKEN, Kind.GIVEN_UP, Kind.ENDED})
 
 

@@ -194,6 +194,8 @@ def _arbiter(arbiter: api.ArbiterStatus) -> str:
         return f"arbiter {arbiter.kind} CAN'T DECIDE ({arbiter.reason or 'no answer'})"
     if arbiter.peer_reachable is False:
         return f"arbiter {arbiter.kind} CAN'T DECIDE for the other host"
+    if arbiter.last_ok_age_ms is None:
+        return f"arbiter {arbiter.kind}"
     return f"arbiter {arbiter.kind} ({format_duration_ms(arbiter.last_ok_age_ms)} ago)"
 
 

@@ -312,7 +312,7 @@ class Arbitration:
             return ""
         if self.watch.reachable(boottime_ms()):
             return ""
-        return self.watch.trouble or getattr(self.watch, "said", "") or "no answer"
+        return self.watch.trouble or self.watch.said or "no answer"
 
     def status(self, peer_ok: bool | None) -> api.ArbiterStatus:
         """For `mcft status`. peer_ok: what the other host says of its own way to the arbiter."""

@@ -16,8 +16,9 @@ from mcft import api, generations
 from mcft.agent import domainxml, model
 from mcft.agent.jobs import JobHandle
 from mcft.agent.model import peer_ledger
+from mcft.arbiter.base import Standing
 from mcft.errors import Failed, McftError, NotFound, Refused, TimedOut
-from mcft.generations import Kind
+from mcft.generations import UNDECIDED, Kind
 
 if TYPE_CHECKING:  # so that it can be tested without libvirt
     from mcft.agent.core import Core
@@ -26,6 +27,7 @@ if TYPE_CHECKING:  # so that it can be tested without libvirt
 
 ASK_S = 5.0
 SETTLED_WITHIN_S = 20.0
+ARBITER_S = 10.0
 ANSWER_AFTER_S = 5.0  # a peer that is asked to start says how far it is, and is asked again
 ACCEPTED = "the operator accepted that data may be lost (start --accept-lost-data)"
 
@@ -59,6 +61,8 @@ class ColdStart:
         if runs(self.life):
             return f"{self.domain} already runs on {self.host}"
         where = self._where()
+        if where == "unknown" and await self._by_the_arbiter():
+            where = "here"
         if where == "there":
             return await self._start_there()
         if where == "both":
@@ -138,6 +142,33 @@ class ColdStart:
     def _records(self) -> str:
         newest = self.life.ledger.newest
         return f"its newest record is {newest.value if newest else 'none'}({self.life.ledger.g})"
+
+    async def _by_the_arbiter(self) -> bool:
+        """Whether etcd says that the other side did not go on, and now can't any more: this primary's claim is won.
+
+        A fence can't say that: that a host is off now does not tell what it did before.
+        """
+        life = self.life
+        may = life.body.arbiter == "etcd" and life.ledger.side == "primary" and life.ledger.newest in UNDECIDED
+        if not may or life.qemu_alive() or life.arbiter.may_claim():
+            return False
+        primary = self.core.as_primary(life)
+        self.job.step("ask the arbiter")
+        await primary.stop_deciding()
+        standing: Standing | None = None
+        try:
+            standing = await asyncio.wait_for(primary.arbiter.claim(), ARBITER_S)
+        except TimeoutError:
+            self.silence = f"{self.silence}; the arbiter does not answer either"
+        if standing is Standing.WON:
+            primary.decide(lambda: primary.go_solo(f"{self.peer} had not gone on: the arbiter says so"), "go on with")
+        else:
+            primary.decide(primary.go_on, "go on with")
+        if standing is not Standing.WON:
+            return False
+        assert primary.deciding is not None
+        await asyncio.shield(primary.deciding)
+        return True
 
     async def _by_the_operators_word(self) -> None:
         """Raises: Refused without that word."""

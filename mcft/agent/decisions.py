@@ -21,11 +21,10 @@ from mcft.agent.site import boottime_ms, log
 from mcft.arbiter.base import Standing
 from mcft.errors import Failed, McftError, TimedOut
 from mcft.failover import BUFFER_BROKEN
-from mcft.generations import Kind
+from mcft.generations import UNDECIDED, Kind
 
 PULL_EVERY_S = 0.2
 DECIDED_WITHIN_S = 20.0
-UNDECIDED = (Kind.ARMING, Kind.PROTECTED, Kind.DIED, Kind.RESIGNED)
 
 
 async def host_goes_down() -> bool:

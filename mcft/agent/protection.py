@@ -11,14 +11,14 @@ from typing import Any
 
 from mcft import generations
 from mcft.agent import model
-from mcft.agent.decisions import PULL_EVERY_S, UNDECIDED, Deciding
+from mcft.agent.decisions import PULL_EVERY_S, Deciding
 from mcft.agent.model import peer_ledger
 from mcft.agent.setup import STANDBYS_SIDE, OnStep
 from mcft.agent.setup import make_body as make_body
 from mcft.agent.site import boottime_ms, log
 from mcft.engines.mc import Mc
 from mcft.errors import Failed, McftError, Refused, Unreachable
-from mcft.generations import Kind
+from mcft.generations import UNDECIDED, Kind
 
 
 class Primary(Deciding):

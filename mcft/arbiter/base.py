@@ -74,7 +74,8 @@ class Watch(Protocol):
     """How the arbiter is, seen from here; asked at `wake_ms`, in the way of a `Claim`."""
 
     last_ok_ms: float | None
-    trouble: str
+    trouble: str  # why it can't decide any more, whatever it answers from now on
+    said: str  # why its newest answer was none; empty after a good one
 
     def next(self, now_ms: float) -> Ask | None: ...
     @property

@@ -54,7 +54,8 @@ class FenceClaim:
         self.intent, self.standing, self.reason = intent, Standing.OPEN, let_go
         self._let_go = bool(let_go)
         self._durable = self._withdrawn = False
-        self._wake_ms = now_ms + (delay_ms if intent.side == "standby" and not sent_before else 0.0)
+        self._delay_ms = delay_ms if intent.side == "standby" else 0.0
+        self._wake_ms = now_ms + (0.0 if sent_before else self._delay_ms)
         self._unresolved = sent_before  # an `off` was sent, and no `status` has answered since
         self._out: Ask | None = None
         self._number = 0
@@ -89,7 +90,8 @@ class FenceClaim:
         elif reply.state == "on":
             # Resolved: that `off` did nothing. A new one, unless nobody wants it any more.
             self._unresolved, self.reason = False, "the other host is still on after `off`"
-            self._wake_ms = now_ms + RETRY_MS
+            # With the same difference, or a device that comes back for both lets both shoot.
+            self._wake_ms = now_ms + RETRY_MS + self._delay_ms
         else:
             self.reason, self._wake_ms = f"the fence agent can't tell: {reply.text}", now_ms + RETRY_MS
 

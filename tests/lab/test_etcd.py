@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from arbiters import Etcd, etcd_arbiter
 from watching import Load
-from world import H1, H2, Host, apart, now, protect, together, until
+from world import H1, H2, HOSTS, Host, apart, guest_answers, now, protect, together, until
 
 Measure = Callable[[str, float], float]
 
@@ -197,3 +198,19 @@ def test_an_etcd_that_forgot(how: str, etcd: Etcd, load: Load) -> None:
     H1.mcft("solo", "vm1", "--peer-is-off", "--yes")
     load.goes_on()
     load.finished()
+
+
+def test_cold_start_without_the_standby(etcd: Etcd) -> None:
+    """Both hosts lose power, only h1 returns: etcd says that nobody had gone on, so `mcft start` needs no operator's word.
+
+    Fails if a start claims nothing (h2 may take over later), or if `fence`'s or nobody's answer would do.
+    """
+    protect(H1)
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(Host.power_off, HOSTS))
+    H1.power_on()
+    until(H1.answers, 20, "h1: the agent answers")
+    started = H1.mcft("start", "vm1", timeout=60)
+    assert "host1" in started.stdout, started
+    assert '"owner":"primary"' in etcd.ctl("get --prefix /mcft --print-value-only")
+    until(guest_answers, 60, "the guest answers")

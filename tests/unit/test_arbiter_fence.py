@@ -71,6 +71,14 @@ def test_the_standby_waits_longer() -> None:
     assert isinstance(ask_of(claim("primary", delay_ms=5000.0), 0.0).what, Off)
 
 
+def test_the_standby_waits_longer_for_each_attempt() -> None:
+    """Fails if a fence device that was broken for both hosts lets both shoot once it works (seen in the lab)."""
+    for side, wait_ms in (("primary", 1000.0), ("standby", 6000.0)):
+        made = claim(side, delay_ms=5000.0)
+        shot(made, "on", 5000.0)
+        assert made.next(5000.0 + wait_ms - 1) is None and isinstance(ask_of(made, 5000.0 + wait_ms).what, Off)
+
+
 def test_who_let_go_is_not_shot() -> None:
     """Fails if a host is switched off because one guest's QEMU died there."""
     made = FenceClaim(Intent("i", "standby", G), now_ms=0.0, delay_ms=5000.0, let_go="its QEMU is gone")

@@ -30,6 +30,7 @@ class World:
         for kind in kinds:
             self.ledger.append(kind, 4 if kind is Kind.SPOKEN else None)
         self.body = SimpleNamespace(
+            arbiter="standby",
             uuid="u", pid="p", g=3, domain="vm1", peer="host2", role=side, state="muted", reason="", overlays_g=0, manual="",
             persistent=persistent, xml="<domain/>", disk_paths={},
         )  # fmt: skip

@@ -95,6 +95,18 @@ def test_unsafe_is_shown() -> None:
     assert "UNSAFE       nothing holds the packets" in text
 
 
+def test_an_arbiter_that_cannot_decide_is_a_line_of_check() -> None:
+    """Fails if a dead arbiter shows nowhere until a host is lost."""
+    away = api.ArbiterStatus("etcd", False, 6000.0, "no answer in time")
+    there = api.ArbiterStatus("etcd", True, 300.0, None, False)
+    for arbiter, word in ((away, "can't decide: no answer in time"), (there, "can't decide for host2")):
+        p = changed(arbiter=arbiter, survives_host_loss=False)
+        assert word in render.check_lines(api.Status("host1", [p]))[0]
+        assert "CAN'T DECIDE" in " ".join(render.protection_text("host1", p).split())
+    fine = changed(arbiter=api.ArbiterStatus("etcd", True, 300.0, None, True))
+    assert "arbiter etcd (300 ms ago)" in " ".join(render.protection_text("host1", fine).split())
+
+
 def test_without_an_arbiter_the_hint_names_the_standbys_host() -> None:
     assert "if host2 dies, vm1 is unreachable until `mcft solo vm1`" in render.standby_arbiter_hint(
         "host1", PROTECTED
