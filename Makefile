@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 SECONDS ?= 60
 
-.PHONY: help venv lint test-unit test-lab test-plug test-kernel test-rdma sim sim-exhaustive sim-errors test demo chaos bench evidence mutants man clean
+.PHONY: help venv lint test-unit test-lab test-plug test-kernel test-rdma sim test-sim sim-exhaustive sim-errors test demo chaos bench evidence mutants man clean
 
 help:
 	@echo 'make demo       lab, protect, power loss, take-over, protect back, planned switch home; ends with a table'
@@ -52,6 +52,11 @@ test-rdma: venv
 sim: venv
 	$(RUN) -m tests.sim.run --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
 
+# What the simulation found once, then a minute of chance.
+test-sim: venv
+	$(RUN) -m pytest tests/sim/test_found.py
+	$(RUN) -m tests.sim.run --seconds 60
+
 sim-exhaustive: venv
 	$(RUN) -m tests.sim.exhaustive --seconds $(SECONDS)
 
@@ -59,7 +64,7 @@ sim-errors: venv
 	$(RUN) -m tests.sim.errors
 
 # (Not yet the whole of test-kernel: its lab needs to be seen on a CI machine first.)
-test: lint test-unit sim test-lab test-plug
+test: lint test-unit test-sim test-lab test-plug
 
 demo: venv
 	$(RUN) -m bench.demo
@@ -73,6 +78,9 @@ bench: venv
 	$(RUN) -m bench.figures
 
 evidence: venv
+	$(RUN) -m tests.sim.run --steps 20000000
+	$(RUN) -m tests.sim.exhaustive --seconds 120
+	$(RUN) -m tests.sim.errors
 	lab/lab up
 	MCFT_EVIDENCE=1 $(RUN) -m pytest tests/lab -v; status=$$?; lab/lab down; exit $$status
 

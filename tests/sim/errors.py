@@ -21,12 +21,17 @@ WITHIN_S = 60
 
 @dataclass(frozen=True)
 class Error:
-    """name: what is broken; edits: (file, old, new), old exactly once in file."""
+    """name: what is broken; edits: (file, old, new), old exactly once in file.
+
+    exhaustive: found by walking the small worlds, not at random.
+    """
 
     name: str
     edits: tuple[tuple[str, str, str], ...]
+    exhaustive: bool = False
 
 
+ETCD = "mcft/arbiter/etcd.py"
 COMMIT, FAILOVER, GENERATIONS = "mcft/commit.py", "mcft/failover.py", "mcft/generations.py"
 PRIMARY, STANDBY, SETUP = "mcft/gate/primary.py", "mcft/agent/standby.py", "mcft/agent/setup.py"
 DECISIONS, SITE, VERBS, CORE = "mcft/agent/decisions.py", "mcft/agent/site.py", "mcft/agent/peerverbs.py", "mcft/gate/core.py"
@@ -66,9 +71,9 @@ ERRORS = [
         (FAILOVER, "        self._floor_ms = now_ms\n        return True", "        return True"),
     )),
     Error("solo without a win", (
-        (DECISIONS, '            if verdict == "solo" and known is not None:\n',
-         "            if known is None:\n                await self.go_solo(reason)\n                return\n"
-         '            if verdict == "solo" and known is not None:\n'),
+        (DECISIONS, "                if await self._obey_peer(reason, *pull.result()):\n",
+         "                if pull.result()[0] is None:\n                    await self.go_solo(reason)\n"
+         "                    return\n                if await self._obey_peer(reason, *pull.result()):\n"),
     )),
     Error("unknown taken as given-up", (
         (GENERATIONS, "    if peer.has(Kind.GIVEN_UP):\n        return \"solo\"\n    return \"unknown\"", "    return \"solo\""),
@@ -84,6 +89,12 @@ ERRORS = [
         (SITE, "            await self.site.store.append(\n", "            self.site.spawn(self.site.store.append(\n"),
         (SITE, "detail, model.encode(self.body)\n            )\n", "detail, model.encode(self.body)\n            ), 'record')\n"),
     )),
+    Error("etcd create instead of compare", (
+        (ETCD, "Swap(self.key.name, self.key.value, self.key.mod_revision, self._put), timeout_ms)",
+         "Create(self.key.name + '/won', self._put), timeout_ms)"),
+        (ETCD, "        if doubt := seen_when_asked.doubt(reply):\n            self._end",
+         "        if doubt := '':\n            self._end"),
+    ), exhaustive=True),
     Error("undo opens the buffer", (
         (DECISIONS, "        if self.ledger.newest is Kind.PREPARING:\n", "        if True:\n"),
         (SETUP, "        if refusal := generations.may_open_primary(self.ledger):\n"
@@ -98,8 +109,8 @@ ERRORS = [
         (GENERATIONS, "standby.newest in (Kind.ARMED, Kind.TAKEN):",
          "standby.newest in (Kind.PREPARING, Kind.ARMED, Kind.TAKEN):"),
         (GENERATIONS, "Kind.TAKEN: frozenset({Kind.ARMED})", "Kind.TAKEN: frozenset({Kind.PREPARING, Kind.ARMED})"),
-        (STANDBY, "        if self.ledger.newest is Kind.ARMED:\n            self.body.overlays_g",
-         "        if self.ledger.newest in (Kind.PREPARING, Kind.ARMED):\n            self.body.overlays_g"),
+        (STANDBY, "        if self.ledger.newest is Kind.ARMED:\n            if not override",
+         "        if self.ledger.newest in (Kind.PREPARING, Kind.ARMED):\n            if not override"),
     )),
     Error("intended end taken for a loss", (
         (DECISIONS, 'if shutdown_reason.startswith("guest-") or', 'if False and shutdown_reason.startswith("guest-") or'),
@@ -151,6 +162,8 @@ def hunt(error: Error, within_s: float) -> str:
         if reason := applied(error, tree):
             return f"does not apply: {reason}"
         began = time.monotonic()
+        if error.exhaustive:
+            return walk(error, tree, within_s)
         done = subprocess.run(
             [sys.executable, "-m", "tests.sim.run", "--seconds", str(within_s), "--first", "1", "--no-shrink", "--lines", "30"],
             cwd=tree, env={**os.environ, "PYTHONPATH": str(tree), "PYTHONHASHSEED": "0"}, capture_output=True, text=True,
@@ -169,6 +182,19 @@ def hunt(error: Error, within_s: float) -> str:
             return f"seed {seed} fails without the error too: {clean.stdout.splitlines()[-1][:200]}"
         print(f"found    {error.name}: {time.monotonic() - began:.0f} s: {said[:170]}", flush=True)
         return ""
+
+
+def walk(error: Error, tree: Path, within_s: float) -> str:
+    """Empty if walking the small worlds finds it."""
+    began = time.monotonic()
+    command = [sys.executable, "-m", "tests.sim.exhaustive", "etcd", "--seconds", str(within_s)]
+    done = subprocess.run(command, cwd=tree, env={**os.environ, "PYTHONPATH": str(tree)}, capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    said = next((line for line in lines if line.startswith("COUNTER")), done.stdout[-200:] + done.stderr[-300:])
+    if done.returncode != 1 or not said.startswith("COUNTER"):
+        return f"not found in {within_s:.0f} s: {said}"
+    print(f"found    {error.name}: {time.monotonic() - began:.0f} s, every interleaving: {said}", flush=True)
+    return ""
 
 
 def main(words: list[str]) -> int:

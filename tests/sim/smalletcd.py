@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mcft.arbiter.base import Ask, Intent, Standing
-from mcft.arbiter.etcd import EtcdClaim, Key, Reply, Seen, Swap, Word
+from mcft.arbiter.etcd import Create, EtcdClaim, Key, Reply, Seen, Swap, Word
 from tests.sim.exhaustive import Broken
 
 ARMED = Word("armed-x", 1, "primary").text()
@@ -30,11 +30,10 @@ class _Side:
 @dataclass
 class EtcdWorld:
     sides: tuple[_Side, _Side] = field(default_factory=lambda: (_Side("primary"), _Side("standby")))
-    value: str | None = ARMED
-    mod: int = 5
+    held: tuple[tuple[str, str, int], ...] = (("k", ARMED, 5),)
     revision: int = 5
     wiped: bool = False
-    requests: frozenset[tuple[int, int, str]] = frozenset()  # side, number, what is put
+    requests: frozenset[tuple[int, int, Create | Swap]] = frozenset()  # side, number, what
     answers: frozenset[tuple[int, int, Reply]] = frozenset()
     now: float = 0.0
     crashes: int = 2
@@ -55,7 +54,7 @@ class EtcdWorld:
             state = c and (c.standing, c._unanswered, c._failures, c._withdrawn, c.seen, c._out is not None, c._number)
             waiting = side.waiting and side.waiting.number
             inside.append((state, side.intent, waiting, side.won, side.unknown, side.withdrawn))
-        return (tuple(inside), self.value, self.mod, self.revision, self.wiped, self.requests, self.answers,
+        return (tuple(inside), self.held, self.revision, self.wiped, self.requests, self.answers,
                 self.crashes, self.timeouts, self.wipes)  # fmt: skip
 
     def check(self) -> None:
@@ -85,16 +84,14 @@ class EtcdWorld:
                 yield f"{side.name}: the agent ends and goes on", lambda w, n=number: w._crash(n)  # type: ignore[misc]
             if side.waiting is None and claim.standing is Standing.OPEN and not side.withdrawn and not other.won:
                 yield f"{side.name}: withdraws", lambda w, n=number: w._withdraw(n)  # type: ignore[misc]
-        for request in sorted(self.requests):
+        for request in sorted(self.requests, key=str):
             yield f"etcd carries out {request[0]}", lambda w, r=request: w._carry_out(r)  # type: ignore[misc]
         for answer in sorted(self.answers, key=str):
             yield f"an answer reaches {answer[0]}", lambda w, a=answer: w._answer(a)  # type: ignore[misc]
             yield "an answer is lost", lambda w, a=answer: w._forget(a)  # type: ignore[misc]
         if self.wipes:
             yield "etcd is wiped", EtcdWorld._wipe
-            if self.value != ARMED:
-                return
-            yield "the key is deleted", EtcdWorld._delete
+            yield "the keys are deleted", EtcdWorld._delete
 
     def _begin(self, number: int) -> None:
         side = self.sides[number]
@@ -110,9 +107,9 @@ class EtcdWorld:
         side = self.sides[number]
         assert side.claim is not None
         ask = side.claim.next(1e9)
-        assert ask is not None and isinstance(ask.what, Swap)
+        assert ask is not None
         side.waiting = ask
-        self.requests |= {(number, ask.number, ask.what.put)}
+        self.requests |= {(number, ask.number, ask.what)}
 
     def _timeout(self, number: int, *, sent: bool) -> None:
         side = self.sides[number]
@@ -137,16 +134,21 @@ class EtcdWorld:
         if side.claim.withdraw():
             side.withdrawn, side.intent = True, False
 
-    def _carry_out(self, request: tuple[int, int, str]) -> None:
+    def _carry_out(self, request: tuple[int, int, Create | Swap]) -> None:
         self.requests -= {request}
-        number, asked, put = request
+        number, asked, what = request
         cluster = "other" if self.wiped else "c"
-        if self.value == ARMED and self.mod == 5:
+        held = {key: (value, mod) for key, value, mod in self.held}
+        found = held.get(what.key)
+        wanted = None if isinstance(what, Create) else (what.value, what.mod_revision)
+        if found == wanted:
             self.revision += 1
-            self.value, self.mod = put, self.revision
+            held[what.key] = (what.value if isinstance(what, Create) else what.put, self.revision)
+            self.held = tuple((key, *rest) for key, rest in sorted(held.items()))
             reply = Reply(cluster, self.revision, True)
         else:
-            reply = Reply(cluster, self.revision, False, self.value, self.mod if self.value is not None else 0)
+            value, mod = found or (None, 0)
+            reply = Reply(cluster, self.revision, False, value, mod)
         self.answers |= {(number, asked, reply)}
 
     def _answer(self, answer: tuple[int, int, Reply]) -> None:
@@ -167,8 +169,8 @@ class EtcdWorld:
 
     def _wipe(self) -> None:
         self.wipes -= 1
-        self.value, self.mod, self.revision, self.wiped = None, 0, 1, True
+        self.held, self.revision, self.wiped = (), 1, True
 
     def _delete(self) -> None:
         self.wipes -= 1
-        self.value, self.mod, self.revision = None, 0, self.revision + 1
+        self.held, self.revision = (), self.revision + 1
