@@ -18,7 +18,7 @@ from mcft.agent.site import Life, log
 from mcft.agent.steps import Step
 from mcft.api import ArbiterKind
 from mcft.diskreplica import Disk
-from mcft.engines import tcg
+from mcft.engines import mc, tcg
 from mcft.errors import Failed, McftError, Refused
 from mcft.gate.state import GateState, LinkSpec, process_start
 from mcft.generations import Kind
@@ -121,6 +121,8 @@ class Copy(Life):
             shutil.rmtree(folder)
 
     async def _create(self) -> None:
+        if self.body.engine == "mc":
+            mc.refuse_transport(self.body.mc, self.site.config.name)
         xml = domainxml.standby(self.request.xml, self.body.disk_paths)
         # A cancelled wait does not call libvirt's thread back: its domain would appear after our undo.
         self._creating = asyncio.ensure_future(self.site.host.create_paused(xml))

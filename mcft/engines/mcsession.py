@@ -45,6 +45,7 @@ class Leader:
     _asked: Ticket | None = None
     _at_once: bool = True
     _awaits_ack: bool = True
+    _awaits_since_ms: float = float("-inf")  # the first RESUME without its acknowledgement
     _sign_ms: float = 0.0  # of the newest RESUME or rise
     _polled_ms: float = float("-inf")
     _checkpointing: bool = False
@@ -59,8 +60,8 @@ class Leader:
             return float("inf")
         if self._at_once:
             return self._polled_ms
-        if self._awaits_ack:
-            return self._polled_ms + self.interval_ms
+        if self._awaits_ack:  # an acknowledgement takes some ms from its RESUME
+            return max(self._polled_ms, self._awaits_since_ms) + self.interval_ms
         # At rest nothing can rise before the next capture. Should its RESUME be lost, asking goes on all the same.
         return max(self._sign_ms + self.delay_ms + 2 * self.interval_ms, self._polled_ms + self.interval_ms)
 
@@ -91,7 +92,9 @@ class Leader:
     def resume_seen(self, now_ms: float) -> list[Action]:
         """A RESUME: a capture is over (or somebody continued the guest, which does no harm: a barrier too many)."""
         self.resumes += 1
-        self._awaits_ack, self._sign_ms = True, now_ms
+        if not self._awaits_ack:
+            self._awaits_ack, self._awaits_since_ms = True, now_ms
+        self._sign_ms = now_ms
         return self._noted(self.commit.capture_seen(now_ms))
 
     def reconnected(self) -> None:
