@@ -69,7 +69,9 @@ class Arbiters:
         name = self.config.name
         if kind == "standby":
             return
-        watch: Watch = EtcdWatch(Key("/"), Seen()) if kind == "etcd" else FenceWatch()
+        # Below the prefix, as nothing else may be allowed there.
+        probe = Key(key_name(self.config.etcd.prefix, "check", name))
+        watch: Watch = EtcdWatch(probe, Seen()) if kind == "etcd" else FenceWatch()
         if kind == "etcd":
             _ = self.etcd
         elif peer not in self.config.fence:
