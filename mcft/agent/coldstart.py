@@ -107,6 +107,12 @@ class ColdStart:
         ledger = self.life.ledger
         theirs = peer_ledger(self.theirs) if self.theirs is not None and self.theirs.pid else None
         where = generations.belongs(ledger, theirs)
+        if self.theirs is not None and self.theirs.qemu_alive and generations.entitled(ledger) is None:
+            # Neither knows who went on, and its copy still can: started here as well there would be two.
+            raise Refused(
+                "copy-lives", f"the copy of {self.domain} on {self.peer} lives, with its memory",
+                f"there it is {self.theirs.state}", f"on {self.peer}: mcft failover {self.domain}",
+            )  # fmt: skip
         # Shut down, but the standby was never heard to let go: it may have been told to take over.
         letting_go = ledger.newest is Kind.ENDED and self._deciding()
         return "unknown" if where == "here" and letting_go else where

@@ -1,8 +1,9 @@
 """`make sim-exhaustive`: every interleaving up to a depth, of the pure rules in small worlds.
 
-Three worlds, each with the product's own decision code as its sides:
+Five worlds, each with the product's own decision code as its sides:
 
-* *commit*: `CommitGate` between QEMU's monitor, the buffer, the lease and a standby that may claim.
+* *commit*: `CommitGate` between QEMU's monitor, the buffer, the lease and a standby that may claim; *lease* and *counting*
+  are the same with less in them, so that they are walked deeper.
 * *records*: two `Ledger`s with the rules of `generations.py`, messages that come late, twice, never or in any order, and ends
   of either side's agent and QEMU between any two acts.
 * *etcd*: two `EtcdClaim`s and an etcd, requests and answers lost, late or carried out after the timeout, agents that end.
@@ -101,6 +102,8 @@ class CommitWorld:
     captures: int = 2
     operators: int = 1
     ticks: int = 4
+    breaks: int = 1
+    claims: bool = True
     now: float = 0.0
     sent: int = 0  # newest packet
     status: str = "running"
@@ -129,7 +132,8 @@ class CommitWorld:
         g, b = self.gate, self.gate._barrier
         barrier = None if b is None else (b.epoch, b.marker, b.marker_answered, b.count_at, b.covered)
         inside = (g.rule, g._dead, g._epoch, g._capture, g._in_capture, g._confirmed, g._late_running, barrier, g._lease_until_ms)
-        return (inside, self.packets, self.captures, self.operators, self.ticks, self.now, self.sent, self.status, self.captured,
+        return (inside, self.packets, self.captures, self.operators, self.ticks, self.breaks,
+                self.now, self.sent, self.status, self.captured,
                 self.copy, self.loads, self.monitor, self.markers, self.open, self.held, self.out, self.echoes, self.echoed,
                 self.claiming, self.taken, self.count_asked, self.count_answers)  # fmt: skip
 
@@ -154,11 +158,11 @@ class CommitWorld:
             yield f"the gate reads {self.monitor[0][0]}", CommitWorld._read
         if self.ticks:
             yield "time passes", CommitWorld._tick
-        if not self.claiming and self.echoed < self.now:
+        if self.claims and not self.claiming and self.echoed < self.now:
             yield "the standby echoes armed", CommitWorld._echo
         if self.echoes:
             yield "the echo arrives", CommitWorld._echo_arrives
-        if not self.claiming:
+        if self.claims and not self.claiming:
             yield "the standby claims", CommitWorld._claim
         if self.claiming and not self.taken and self.now >= self.echoed + T:
             yield "the standby takes over", CommitWorld._take
@@ -166,7 +170,7 @@ class CommitWorld:
             yield "the standby's gate tells its count", CommitWorld._count
         if self.count_answers:
             yield "the count arrives", CommitWorld._count_arrives
-        if self.monitor or self.markers:
+        if self.breaks and (self.monitor or self.markers):
             yield "the monitor breaks", CommitWorld._reconnect
 
     def _send(self) -> None:
@@ -248,13 +252,31 @@ class CommitWorld:
         self._apply(self.gate.count_read(count, epoch, self.now))
 
     def _reconnect(self) -> None:
+        self.breaks -= 1
         self.monitor, self.markers = (), ()
         self.gate.monitor_reconnected()
 
 
 def commit_world() -> CommitWorld:
+    """A little of everything."""
     world = CommitWorld()
     world.gate.hold()
+    return world
+
+
+def lease_world() -> CommitWorld:
+    """One checkpoint, and time."""
+    world = CommitWorld(packets=1, captures=1, operators=0, breaks=0, ticks=6)
+    world.gate.hold()
+    return world
+
+
+def counting_world() -> CommitWorld:
+    """Markers come late: by loads. The lease holds."""
+    world = CommitWorld(packets=3, captures=4, operators=0, breaks=0, ticks=0, claims=False)
+    world.gate.hold()
+    world.gate.rule = "count"
+    world.gate.lease_renewed(1e6, 0.0)
     return world
 
 
@@ -502,10 +524,13 @@ def etcd_world() -> Small | None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.sim.exhaustive")
     parser.add_argument("--seconds", type=float, default=60.0, help="for each world; only whole layers count")
-    parser.add_argument("names", nargs="*", help="commit, records, etcd (default: all)")
+    parser.add_argument("names", nargs="*", help="commit, lease, counting, records, etcd (default: all)")
     parser.add_argument("--depth", type=int, default=40)
     asked = parser.parse_args()
-    worlds: dict[str, Small | None] = {"commit": commit_world(), "records": RecordsWorld(), "etcd": etcd_world()}
+    worlds: dict[str, Small | None] = {
+        "commit": commit_world(), "lease": lease_world(), "counting": counting_world(), "records": RecordsWorld(),
+        "etcd": etcd_world(),
+    }  # fmt: skip
     broken = False
     for name, start in worlds.items():
         if start is None or (asked.names and name not in asked.names):

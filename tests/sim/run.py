@@ -101,6 +101,7 @@ def main() -> int:
         assert world.trace is not None
         print("\n".join(world.trace))
         print(f"seed {asked.seed}: {world.steps} steps, {world.now / 1000:.1f} s of its time: {found or 'no violation'}")
+        play.over(world)
         return 1 if found else 0
     began = time.monotonic()
     first = asked.first if asked.first is not None else int(time.time() * 1000) % 1_000_000_000

@@ -233,3 +233,14 @@ async def test_a_job_answered_at_once_is_there_to_be_followed() -> None:
     jobs.start("protect", "vm1", busy)
     assert jobs.get(jobs.answer("start", "vm1", "already").id).result == "already"
     await jobs.close()
+
+
+async def test_a_copy_that_lives_there_may_still_take_over() -> None:
+    """Neither side knows who went on, but the other's copy runs no guest yet and can: nothing is started beside it."""
+    world = World("primary", *LED).heard("standby", *FOLLOWED)
+    assert isinstance(world.theirs, model.Records)
+    world.theirs = msgspec.structs.replace(world.theirs, qemu_alive=True)
+    with pytest.raises(Refused) as refusal:
+        await world.start()
+    assert refusal.value.code == "copy-lives"
+    assert not world.running
