@@ -63,6 +63,7 @@ class Monitor:
     sock: socket.socket | None = None
     oob: bool = False
     last_reply_ms: float = float("-inf")
+    _owed_from_ms: float = float("-inf")
     _lines: Lines = field(default_factory=Lines)
     _replies: dict[str, Reply] = field(default_factory=dict)
     _serial: int = 0
@@ -164,8 +165,10 @@ class Monitor:
         return self.sock is not None
 
     def silent_ms(self, now_ms: float) -> float:
-        """How long QEMU has said nothing."""
-        return now_ms - self.last_reply_ms
+        """How long QEMU has owed an answer without giving any. Asked often: what is owed counts from the first look at it."""
+        if not self._replies:
+            self._owed_from_ms = now_ms
+        return now_ms - max(self.last_reply_ms, self._owed_from_ms)
 
     @property
     def wants_write(self) -> bool:

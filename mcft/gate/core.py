@@ -24,6 +24,7 @@ from mcft.monitor import DISK_ERRORS, Message, Monitor, MonitorGone, stamp_ms
 RECONNECT_MS = 20.0
 CONNECT_MS = 2000.0
 LAST_WORDS_MS = 500.0  # libvirt's events come through the agent, up to 180 ms late: why QEMU ended may still be on its way
+ASK_OVERDUE_MS = 1000.0
 WATCHED = ("preparing", "arming", "armed", "protected")
 
 
@@ -326,9 +327,18 @@ class Gate:
         self.loop.after(self.state.loss_ms / 6, self._keepalive_timer)
         if len(self.links) < len(self.state.links):
             self.open_links()
+        now_ms = boottime_ms()
         if self.rdma:
-            self.rdma.tick(boottime_ms())
+            self.rdma.tick(now_ms)
+        self._ask_if_overdue(now_ms)
         self.say()
+
+    def _ask_if_overdue(self, now_ms: float) -> None:
+        """A QEMU that hangs is told from a stream that stands by a question: without checkpoints nothing else asks one."""
+        watched = self.state.role == "primary" and self.state.record in WATCHED and not isinstance(self.monitor, Relay)
+        overdue = watched and self.side.stream_age_ms(now_ms) > self.state.delay_ms + ASK_OVERDUE_MS
+        if overdue and self.monitor.connected and not self.monitor.unanswered:
+            self.send_commands(Commands([("query-status", {})]), lambda _replies: None)
 
     def _rdma_link(self) -> RdmaLink | None:
         if self.state.rdma is None:

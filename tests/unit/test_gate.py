@@ -347,6 +347,13 @@ def test_keepalives_go_on_while_the_monitor_of_a_hung_qemu_is_connected_again(pr
     assert max(gaps) < T, "the standby would take it for the primary's loss"
 
 
+def test_a_stream_that_stands_makes_the_gate_ask(primary: GateLab) -> None:
+    """Fails if nothing tells a QEMU that hangs from one whose checkpoints merely stopped."""
+    protected(primary)
+    asked = len(primary.qmp.sent("query-status"))
+    until(lambda: len(primary.qmp.sent("query-status")) > asked + 3, "QEMU is asked although nothing happens")
+
+
 def disk_error(age_ms: float) -> dict[str, Any]:
     seconds, micros = divmod(int((time.time() * 1000 - age_ms) * 1000), 1_000_000)
     stamp = {"seconds": seconds, "microseconds": micros}

@@ -132,6 +132,14 @@ def test_each_reply_goes_to_its_caller(qmp: FakeQmp, client: Monitor) -> None:
     assert log == [("stop", False), ("cont", True), ("query-status", False)]
 
 
+def test_silence_is_an_answer_that_is_owed(qmp: FakeQmp, client: Monitor) -> None:
+    """Fails if a monitor that nobody asks counts as one that does not answer: a quiet stream is no hung QEMU."""
+    assert client.silent_ms(1_000_000.0) == 0.0
+    qmp.hold_replies.add("query-status")
+    client.send("query-status", None, lambda _reply: None)
+    assert client.silent_ms(1_000_400.0) == 400.0
+
+
 def test_events_do_not_count_as_replies(qmp: FakeQmp, client: Monitor) -> None:
     """A QEMU whose main loop hangs may still emit events from its threads; the hang is told by the silent replies."""
     qmp.event("STOP")
