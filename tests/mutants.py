@@ -432,9 +432,8 @@ MUTANTS = [
         "gate.py::test_armed_word_of_another_generation_gives_no_lease",
     ),
     Mutant(
-        "a restarted primary's gate passes", "mcft/gate/primary.py",
-        '            self.buffer.mode = "hold"\n            self.commit.hold()\n        elif',
-        "            pass\n        elif",
+        "a restarted primary's gate passes", "mcft/gate/filter.py",
+        "        self.buffer.mode = self.gate.state.mode\n", "        pass\n",
         "gate.py::test_restarted_gate_releases_nothing_of_the_old_ones",
     ),
     Mutant(
