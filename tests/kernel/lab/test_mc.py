@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import pytest
 import world
-from mcworld import TRACES, definition, traced, without_tls
+from mcworld import EMULATOR, TRACES, definition, traced, without_tls
 from test_takeover import SEED, pieces
 from watching import Load, watching
 from world import H1, H2, HOSTS, Host, link, other, pause, protect, redefined, until
@@ -33,6 +33,8 @@ def seen(the_lab: None) -> Iterator[Load]:
     for host in HOSTS:
         without_tls(host)
         traced(host)
+        # libvirt asks a new emulator what it can, which takes half a minute and more over there: not within a protect.
+        host.sh(f"virsh -q domcapabilities --emulatorbin {EMULATOR} --virttype qemu > /dev/null", timeout=200)
     redefined(definition())
     print(f"vm1 is ready after {world.now() - began_s:.0f} s")
     with watching() as load:
