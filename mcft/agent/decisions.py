@@ -96,6 +96,9 @@ class Deciding(Setup):
         await self.record(Kind.PROTECTED)
         await self.gate.insist("update", record="protected")
         self.arbiter.start_watch()
+        # A verdict of before arming(g) was the set-up's own affair then; if one came behind its last look, it counts now.
+        if verdict := (await self.gate.insist("status"))["verdict"]:
+            self._verdict(verdict)
 
     def _arm_words(self) -> model.Arm:
         about, body = self.about(), self.body

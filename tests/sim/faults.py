@@ -53,7 +53,7 @@ def plan(seed: int, rounds: int = 3) -> list[list[Fault]]:
         kinds = {kind: 1.0 for kind in chosen}
     for _ in range(rounds):
         faults = []
-        at = rng.uniform(0.0, 200.0)
+        at = rng.choice([rng.uniform(0.0, 200.0), rng.uniform(0.0, 1000.0)])
         for _ in range(rng.choice([1, 1, 2, 2, 3, 4, 6])):
             kind = rng.choices(list(kinds), list(kinds.values()))[0]
             faults.append(Fault(round(at, 2), kind, rng.randrange(2), round(_long(rng), 2), rng.randrange(4)))
@@ -310,9 +310,16 @@ def _at(world: World, kind: str, what: Callable[[Host], None]) -> None:
 
 
 def _at_record(world: World, host: Host, fault: Fault) -> None:
-    """It is on the disk, and who wrote it does not know it yet."""
+    """The next record, or one of the four behind it: it is on the disk, and who wrote it does not know it yet."""
+
+    skip = int(fault.ms) % 5
 
     def then(writer: Host) -> None:
+        nonlocal skip
+        skip -= 1
+        if skip >= 0:
+            _at(world, "record", then)
+            return
         act = [_agent, _freeze, _power, _gate][fault.more]
         act(world, writer, fault)
 

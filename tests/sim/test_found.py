@@ -59,6 +59,19 @@ def test_a_standby_that_was_shot_does_not_shoot_back() -> None:
     holds([Fault(100.0, "cut both links", 0, 600.0)], seeds=range(2, 15, 3))
 
 
+def test_a_verdict_just_before_arming_is_not_forgotten() -> None:
+    """The stream died behind the set-up's last look and before arming(g): the gate was closed, and its verdict ignored; the
+    domain was "protected", muted, for ever.
+
+    Fails if `Deciding._arm` does not ask its gate for a verdict at the end.
+    """
+    holds(
+        [Fault(0.0, "mcft maintenance", 1)],
+        [Fault(157.0, "mcft protect", 0, 931.5, 1), Fault(593.0, "disk fails", 0, 8000.0, 3)],
+        seeds=range(120, 124),
+    )
+
+
 @pytest.mark.parametrize("kind", ["kill the gate", "kill the agent", "kill QEMU", "power", "freeze the host", "cut a link"])
 @pytest.mark.parametrize("host", [0, 1])
 def test_one_fault_is_survived(kind: str, host: int) -> None:
