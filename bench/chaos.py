@@ -20,11 +20,12 @@ from datetime import datetime
 from typing import Any
 
 from arbiters import Bmc, Etcd, all_arbiters
-from chaosfaults import FAULTS, Fault, Scene, choose, inject
 from rich.console import Console
 from rich.table import Table
 from watching import Client, Load, settled, verified
 from world import CONFIG, H1, HOSTS, IMAGE, Host, guest, hosts_on, lab, now, other, pause, restore, until, up
+
+from bench.chaosfaults import FAULTS, Fault, Scene, choose, inject
 
 ARBITERS = ("etcd", "fence", "standby")
 SETTLES_WITHIN_S = 120.0
