@@ -20,15 +20,17 @@ from datetime import datetime
 from typing import Any
 
 from arbiters import Bmc, Etcd, all_arbiters
-from chaosfaults import FAULTS, Fault, Scene, choose, inject
 from rich.console import Console
 from rich.table import Table
 from watching import Client, Load, settled, verified
 from world import CONFIG, H1, HOSTS, IMAGE, Host, guest, hosts_on, lab, now, other, pause, restore, until, up
 
+from bench.chaosfaults import FAULTS, Fault, Scene, choose, inject
+
 ARBITERS = ("etcd", "fence", "standby")
 SETTLES_WITHIN_S = 120.0
 RECORDED_WITHIN_S = 1.0
+NOTICED_WITHIN_S = 1.0
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -98,6 +100,7 @@ class Chaos:
     def settle(self, kind: str, primary: Host) -> Host:
         """Until it is protected on whichever host, and either could be lost; who leads. Where only an operator can help, do."""
         asked: dict[str, float] = {}
+        whole: dict[Host, float] = {}
 
         def protected() -> Host | None:
             for host in HOSTS:
@@ -108,7 +111,9 @@ class Chaos:
                 return None
             status, theirs = leader.status(), other(leader).status()
             if status.get("state") == "protected" and status["survives_host_loss"] and theirs.get("survives_host_loss"):
-                return leader
+                # A fault of a moment ago may not be noticed yet.
+                return leader if now() - whole.setdefault(leader, now()) > NOTICED_WITHIN_S else None
+            whole.clear()
             self._operate(asked, kind, leader, status)
             return None
 
