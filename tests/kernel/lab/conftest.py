@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +19,42 @@ from watching import Load, watching
 WAY_HOME_S = 60
 # Engine mc's story has not been seen green yet on this slow kernel: by name, or with MCFT_EVIDENCE=1.
 collect_ignore = [] if os.environ.get("MCFT_EVIDENCE") else ["test_mc.py"]
+BEACON_US = 10_000  # a beacon every ms, the lab's own, keeps this kernel's one CPU busy with the guest alone
 
 
 @pytest.fixture(scope="session", autouse=True)
-def the_lab() -> None:
-    world.up()
+def the_lab() -> Iterator[None]:
+    """Guests yield: libvirt asks a QEMU that it starts some hundred questions, each of them two switches of context."""
+    over = threading.Event()
+    yielding = threading.Thread(target=guests_yield, args=[over])
+    yielding.start()
+    try:
+        world.up()
+        yield
+    finally:
+        over.set()
+        yielding.join()
+
+
+def guests_yield(over: threading.Event) -> None:
+    """Every QEMU's emulating thread gets the lowest priority, also in those that are started later."""
+    while not over.wait(1.0):
+        for comm in Path("/proc").glob("[0-9]*/task/*/comm"):
+            with suppress(OSError):
+                if comm.read_text().startswith("CPU "):
+                    os.setpriority(os.PRIO_PROCESS, int(comm.parent.name), 19)
 
 
 @pytest.fixture(scope="session")
-def load(the_lab: None) -> Iterator[Load]:
-    """The lab's guest on h1, and one client's view of it: its connection and its writes go through every test with it."""
+def vm1(the_lab: None) -> None:
+    """The lab's guest on h1."""
     world.lab("vm", "start", timeout=200)
+    assert world.guest("beacon", str(BEACON_US)) == "ok"
+
+
+@pytest.fixture(scope="session")
+def load(vm1: None) -> Iterator[Load]:
+    """One client's view of vm1: its connection and its writes go through every test with it."""
     with watching() as made:
         yield made
 

@@ -33,10 +33,9 @@ def released(host: Host) -> int:
     return int(host.status()["network"]["released_epochs"])
 
 
-def test_auto_is_plug_and_status_says_so(load: Load) -> None:
+def test_auto_is_plug_and_status_says_so(vm1: None) -> None:
     """Fails if `auto` takes the filter where the kernel has plug, or status does not say what holds the packets and where."""
     protected_by_plug(H1)
-    load.goes_on()
     tap = H1.status()["network"]["nics"][0]["target"]
     text = H1.mcft("status", "vm1").stdout
     assert f"plug ({tap} in mcft-{tap})" in text, text
