@@ -16,7 +16,6 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "lab"))
 import world
 from watching import Load, watching
 
-WAY_HOME_S = 60
 # Engine mc's story has not been seen green yet on this slow kernel: by name, or with MCFT_EVIDENCE=1.
 collect_ignore = [] if os.environ.get("MCFT_EVIDENCE") else ["test_mc.py"]
 BEACON_US = 10_000  # a beacon every ms, the lab's own, keeps this kernel's one CPU busy with the guest alone
