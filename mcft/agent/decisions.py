@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from typing import Any
 
 import msgspec
@@ -24,6 +25,7 @@ from mcft.failover import BUFFER_BROKEN
 from mcft.generations import UNDECIDED, Kind
 
 PULL_EVERY_S = 0.2
+DEAD_WITHIN_S = 5.0  # after SIGKILL
 DECIDED_WITHIN_S = 20.0
 
 
@@ -179,6 +181,7 @@ class Deciding(Setup):
         if act == "hung":
             await self.record(Kind.DIED, detail=reason)
             await self.gate.insist("kill")
+            await self._until_dead()
         elif act == "ended":
             if await self._was_intended(verdict.get("shutdown", "")):
                 await self._ended("the guest was shut down")
@@ -188,6 +191,12 @@ class Deciding(Setup):
             await self.record(Kind.DIED, detail=reason)
         self.body.quick_return = True
         await self._resolve(reason)
+
+    async def _until_dead(self) -> None:
+        """A killed QEMU is still there for some milliseconds. Asked then, the standby would hear that it runs, and give up."""
+        deadline = time.monotonic() + DEAD_WITHIN_S
+        while self.qemu_alive() and time.monotonic() < deadline:
+            await asyncio.sleep(0.005)
 
     def _note_disk_error(self, reason: str, known: model.Records) -> None:
         """A failed write is a disk error unless the standby's QEMU had gone before it gave up: then it was that end.

@@ -41,7 +41,7 @@ class Beneath:
         self.greeting = json.loads(first)
         self.greeting["QMP"]["capabilities"] = []
         self._reader = asyncio.create_task(self._read(reader))
-        await self.execute("qmp_capabilities")
+        await self.execute("qmp_capabilities", enable=["oob"])
 
     async def ended(self) -> None:
         assert self._reader is not None
@@ -78,12 +78,14 @@ class Beneath:
     async def execute(self, command: str, **arguments: Any) -> Any:
         """For ourselves, and for mcft's own `engines.tcg`. Raises: Refused."""
         named = {name.replace("_", "-"): value for name, value in arguments.items()}
-        if command == "qmp_capabilities":
-            named = {}
         reply = await self.ask({"execute": command, "arguments": named} if named else {"execute": command})
         if "error" in reply:
             raise Refused(reply["error"])
         return reply["return"]
+
+    async def yank(self) -> None:
+        """Ends the stream even where QEMU's main loop waits for it: out of band."""
+        await self.ask({"exec-oob": "yank", "arguments": {"instances": [{"type": "migration"}]}})
 
     async def attempt(self, command: str, **arguments: Any) -> None:
         with contextlib.suppress(Refused):

@@ -64,6 +64,12 @@ class Series:
         """What kills that QEMU kills this one."""
         os.kill(self.qemu.pid, number)
 
+    def broken(self, task: asyncio.Task[None]) -> None:
+        """An error in here: said in the domain's log, and the end of its QEMU. A half-dead stand-in proves nothing."""
+        if not isinstance(task.exception(), ConnectionError):
+            task.print_stack()
+            self.die(signal.SIGKILL)
+
     async def watch_signals(self) -> None:
         """SIGTERM is blocked in QEMU: a QEMU that follows does not act on it. Otherwise it quits, as on SIGTERM."""
         while True:

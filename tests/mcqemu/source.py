@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 LEADING = ("return-path", "x-colo", "pause-before-switchover", "events")
 NEVER_MS = 2_000_000_000  # QEMU's own timer stays quiet; each checkpoint is asked for
+LATE_MS = 200.0  # a capture that is not acknowledged by then: does the stream still stand?
 ENDED = ("none", "completed", "failed", "cancelled", None)
 RAM = (
     "total", "dirty-sync-count", "remaining", "mbps", "transferred", "duplicate", "dirty-pages-rate", "skipped",
@@ -39,6 +40,7 @@ class Source:
         self.series, self.qemu = series, series.qemu
         self.status: str | None = None
         self.stopped_by_hand, self.runs = not series.line.autostart, False
+        self._uri = ""
         self._hides: tcg.Function | None = None
         self._ram: dict[str, Any] = {}
         self._start_ms = self._capture_ms = 0.0
@@ -73,6 +75,7 @@ class Source:
             os.write(2, b"mcqemu: no ifb for this tap; the series' own network buffering is not in this stand-in\n")
             self.series.die(signal.SIGKILL)  # there: exit code 2
         self.status, self._start_ms, self._acknowledged, self._shown = "setup", now_ms(), 0, {}
+        self._uri = uri
         self._capturing = self._resume_seen = False
         self._ram = {}
         try:
@@ -160,8 +163,19 @@ class Source:
             await self.qemu.attempt("migrate-set-parameters", x_checkpoint_delay=NEVER_MS)
             while self._acknowledged == acknowledged:
                 await asyncio.sleep(0.001)
+                if now_ms() - self._capture_ms > LATE_MS and not self._stream_lives():
+                    # A broken socket ends MC at once. QEMU's COLO may say nothing at all (seen after SOCK_DESTROY).
+                    await self.qemu.yank()
+                    self._spawn(self._standby_lost())
+                    return
             delay_ms = self.series.delay_ms if self.series.delay_ms > 0 else 1e12
             await asyncio.sleep(max(1.0, delay_ms - (now_ms() - self._capture_ms)) / 1000)
+
+    def _stream_lives(self) -> bool:
+        """Whether a connection to the standby's port is still established. Linux: proc(5), /proc/net/tcp."""
+        port = f":{int(self._uri.rpartition(':')[2]):04X}" if self._uri.startswith("tcp:") else ""
+        with open("/proc/net/tcp") as sockets:
+            return not port or any(row.split()[2].endswith(port) and row.split()[3] == "01" for row in sockets)
 
     def _captured(self) -> None:
         """The guest stands, so what will be sent is fixed: MC says RESUME when it has copied it."""
@@ -203,7 +217,12 @@ class Source:
             while (await self.qemu.execute("query-status"))["status"] != "running":
                 await self.qemu.attempt("cont")
                 await asyncio.sleep(0.002)
-        await self._capabilities(LEADING, False)
+        while True:  # QEMU may still be tidying up behind a status that says it is over
+            try:
+                await self._capabilities(LEADING, False)
+                break
+            except Refused:
+                await asyncio.sleep(0.002)
         while not self.qemu.events.empty():
             await asyncio.sleep(0)
         self.status, self._ending, self._capturing = status, False, False
@@ -233,5 +252,10 @@ class Source:
     def _spawn(self, work: Any) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
         return task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            self.series.broken(task)
