@@ -110,6 +110,7 @@ def test_planned_switch() -> None:
     assert guest_answers()
 
 
+@NOT_SEEN_GREEN
 def test_a_power_off_is_no_take_over() -> None:
     follow()
     H1.sh("virsh -q destroy vm1")
