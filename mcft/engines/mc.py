@@ -75,8 +75,7 @@ def wanted(options: McOptions, offered: Iterable[str], *, qemu_buffers: bool = F
     Raises: Refused ("no-capability") naming the one that this QEMU lacks; nothing is set then.
     """
     offered = list(offered)
-    asked = {CAPABILITY: True, NET_DISABLE: not qemu_buffers, DISK_DISABLE: True}
-    asked |= {RDMA_COPY: options.rdma_copy, RDMA_KEEPALIVE: options.rdma_keepalive, PIN_ALL: options.rdma_pin_all}
+    asked = {CAPABILITY: True, NET_DISABLE: not qemu_buffers, DISK_DISABLE: True, **rdma_asked(options)}
     rows = []
     for name, state in asked.items():
         spelt = spelling(name, offered)
@@ -88,6 +87,11 @@ def wanted(options: McOptions, offered: Iterable[str], *, qemu_buffers: bool = F
                 f"leave {option_of(name)} away, or use a QEMU whose series has it",
             )  # fmt: skip
     return rows
+
+
+def rdma_asked(options: McOptions) -> dict[str, bool]:
+    """The capabilities that mean something on transport rdma only, and whether each is wanted."""
+    return {RDMA_COPY: options.rdma_copy, RDMA_KEEPALIVE: options.rdma_keepalive, PIN_ALL: options.rdma_pin_all}
 
 
 def option_of(capability: str) -> str:
@@ -113,8 +117,7 @@ def refuse_transport(options: McOptions, host: str, devices: str = RDMA_DEVICES)
                 "'could not initialize local rdma queue pairs'", "use --transport tcp, or load the driver of the card",
             )  # fmt: skip
         return
-    asked = {RDMA_COPY: options.rdma_copy, RDMA_KEEPALIVE: options.rdma_keepalive, PIN_ALL: options.rdma_pin_all}
-    if names := [option_of(name) for name, on in asked.items() if on]:
+    if names := [option_of(name) for name, on in rdma_asked(options).items() if on]:
         raise Refused(
             "rdma-only", f"{' and '.join(names)} need{'s' if len(names) == 1 else ''} transport rdma",
             f"over {options.transport} QEMU takes it and does nothing", "add --transport rdma, or leave it away",

@@ -9,7 +9,6 @@ from mcft import sockbreak
 from mcft.engines.mcsession import Ask, Break, Clock, Wait, take_over
 from mcft.gate.announce import announce
 from mcft.gate.control import Answer, Denied
-from mcft.gate.core import remove_drop_filter, set_link
 from mcft.gate.loop import Commands, Task, boottime_ms
 from mcft.gate.standby import Standby
 from mcft.keepalive import Heard
@@ -55,7 +54,7 @@ class McStandby(Standby):
 
     def _take(self, request: dict[str, Any], answer: Answer) -> Task:
         """taken(g) is on disk: wait out what was echoed, break the socket, await `paused`, resume, read back."""
-        if self.gate.state.record not in ("taken",):
+        if self.gate.state.record != "taken":
             answer(Denied("taken(g) must be durable first"))
             return
         self._timing["won"] = boottime_ms()
@@ -93,14 +92,7 @@ class McStandby(Standby):
 
     def _speak(self, answer: Answer) -> Task:
         """spoken(g+1) is on disk: open the NICs and tell the switches; that QEMU has no `announce-self`."""
-        errors = []
-        for ifname in self.gate.state.silenced:
-            try:
-                remove_drop_filter(ifname)
-                set_link(ifname, up=True)
-            except OSError as error:
-                errors.append(f"{ifname}: {error}")
-        self._timing["open"] = boottime_ms()
+        errors = self._open_nics()
         macs = {nic.target: nic.mac for nic in self.gate.state.nics}
         answer({"errors": errors, "timing_ms": self.timing(), "time": time.time()})
         for wait_ms in (0.0, 50.0, 150.0, 250.0, 350.0):

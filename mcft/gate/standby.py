@@ -278,6 +278,13 @@ class Standby:
 
     def _speak(self, answer: Answer) -> Task:
         """spoken(g+1) is on disk: open the NICs and tell the switches where the guest is now."""
+        errors = self._open_nics()
+        replies = yield Commands([("announce-self", ANNOUNCE)])
+        errors += [r["error"]["desc"] for r in replies if "error" in r]
+        answer({"errors": errors, "timing_ms": self.timing(), "time": time.time()})
+
+    def _open_nics(self) -> list[str]:
+        """Free of the drop filter, and up; what went wrong, a line each."""
         errors = []
         for ifname in self.gate.state.silenced:
             try:
@@ -286,9 +293,7 @@ class Standby:
             except OSError as error:
                 errors.append(f"{ifname}: {error}")
         self._timing["open"] = boottime_ms()
-        replies = yield Commands([("announce-self", ANNOUNCE)])
-        errors += [r["error"]["desc"] for r in replies if "error" in r]
-        answer({"errors": errors, "timing_ms": self.timing(), "time": time.time()})
+        return errors
 
     # ---- for the watcher, the keepalives and status ----
 
