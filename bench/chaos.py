@@ -210,7 +210,7 @@ class Chaos:
             until(lambda: all(host.state() == "protected" for host in HOSTS), 20, "protected by the restarted agents")
             assert guest("sync") == "ok"
             primary.mcft("failover", "vm1")
-            target.await_state("active", timeout=20)
+            target.await_took_over(timeout=20)
             target.await_committed()
             self.look()
             sums = {host: host.sh(f"sha256sum {IMAGE}").split()[0] for host in HOSTS}

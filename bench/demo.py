@@ -38,7 +38,7 @@ def lose(load: Load, host: Host) -> dict[str, Any]:
     at_s = host.power_off()
     heard_s = load.observer.hears(15, after_s=at_s + 0.05)
     survivor = other(host)
-    survivor.await_state("active", timeout=20)
+    survivor.await_took_over(timeout=20)
     verdict = next(e["text"] for e in reversed(survivor.events()) if e["kind"] == "take-over" and "runs here now" in e["text"])
     after = load.observer.report()
     return {
@@ -84,7 +84,7 @@ def _show(load: Load) -> int:
         before = load.observer.report()
         at_s = now()
         H2.mcft("failover", "vm1")
-        H1.await_state("active", timeout=20)
+        H1.await_took_over(timeout=20)
         load.goes_on()
         switch_ms = load.observer.gap(at_s) * 1000
         missing = load.observer.report()["missing"] - before["missing"]

@@ -96,7 +96,7 @@ def failures(leader: Host, lose: Callable[[Host], float], *, power: bool) -> tup
             survivor = other(leader)
             at_s = lose(leader)
             observer.hears(20, after_s=at_s + 0.05)
-            survivor.await_state("active", timeout=20)
+            survivor.await_took_over(timeout=20)
             pause(0.5)
             gaps.append(observer.gap(at_s) * 1000)
             text = next(e["text"] for e in reversed(survivor.events()) if "runs here now" in e["text"])

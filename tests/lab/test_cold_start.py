@@ -66,7 +66,7 @@ def test_the_standby_had_taken_over() -> None:
     """
     protect(H1)
     H1.power_off()
-    H2.await_state("active")
+    H2.await_took_over()
     until(lambda: redis("set", "after-take-over", "yes") == "OK", 20, "redis writes")
     H2.power_off()
     back(H1)
@@ -101,7 +101,7 @@ def test_overlays_that_were_not_committed_are_committed_first() -> None:
     """The chain is made by hand, as QEMU commits within milliseconds. Fails if the guest starts on the disk alone."""
     protect(H1)
     H1.mcft("failover", "vm1")
-    H2.await_state("active")
+    H2.await_took_over()
     H2.await_committed()
     H2.run("virsh", "destroy", "vm1")
     H2.await_state("stopped")

@@ -135,7 +135,7 @@ def test_the_primarys_disk(kind: str) -> None:
         assert guest("writer", "start", "1").startswith("writer run=1")
         with watching() as load:
             disk.fail()
-            H2.await_state("active", timeout=20)
+            H2.await_took_over(timeout=20)
             load.goes_on()
             load.finished()
         assert any("the primary's own disk" in text for text in alarms(H2)), alarms(H2)

@@ -57,7 +57,7 @@ def test_disk_is_whole_after_a_take_over(moments: random.Random) -> None:
     assert guest("writer", "start", "1").startswith("writer run=1")
     pause(moments.uniform(0.5, 2.0))
     H1.kill_qemu()
-    H2.await_state("active", timeout=15)
+    H2.await_took_over(timeout=15)
     pause(moments.uniform(0.2, 1.0))
     stopped_writer()
     H2.await_committed()
@@ -67,6 +67,6 @@ def test_disk_is_whole_after_a_take_over(moments: random.Random) -> None:
     assert guest("writer", "start", "1").startswith("writer run=1")
     pause(moments.uniform(0.5, 2.0))
     H2.kill_qemu()
-    H1.await_state("active", timeout=15)
+    H1.await_took_over(timeout=15)
     stopped_writer()
     assert H1.sh("ls /var/lib/libvirt/images").split()[0] == "vm1.img"

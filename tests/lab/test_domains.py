@@ -124,7 +124,7 @@ def test_every_disk_and_nic_of_a_domain(many: None, not_again: None, load: Load)
     fill(2)
     written = sums()
     H1.kill_qemu()
-    H2.await_state("active", timeout=20)
+    H2.await_took_over(timeout=20)
     load.goes_on()
     assert sums() == written
     H2.await_committed()
@@ -179,7 +179,7 @@ def test_some_gib_of_memory(big: None, not_again: None, load: Load, measure: Cal
     pauses = H1.status()["checkpoints"]["pause_ms"]
     measure("pause of a checkpoint, 3 GiB, 20 MiB/s dirty (p50)", pauses["p50"] / 1000)
     H1.kill_qemu()
-    H2.await_state("active", timeout=30)
+    H2.await_took_over(timeout=30)
     load.goes_on()
     assert guest("dirty", "0") == "ok"
     load.finished()

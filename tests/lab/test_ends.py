@@ -74,7 +74,7 @@ def test_a_reboot_is_protected_through(observer: Observer, way: str) -> None:
     assert H1.status()["instance"] == instance or way == "virsh reboot"
     at_s = now()
     H1.kill_qemu()
-    H2.await_state("active")
+    H2.await_took_over()
     observer.hears(20, after_s=at_s)
     assert uptime_s() > 0
 

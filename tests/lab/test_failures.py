@@ -45,7 +45,7 @@ def test_failures_at_random_moments(load: Load, moments: random.Random, measure:
         pause(moments.uniform(0.2, 1.5))
         aimed = round_ % 8 in AT_A_RELEASE
         at_s = primary.kill_qemu(load.observer.release_begins) if aimed else fail(primary, kind)
-        standby.await_state("active", timeout=15)
+        standby.await_took_over(timeout=15)
         load.goes_on()
         measure(f"client's gap, {kind} of the primary", load.observer.gap(at_s))
         load.unhurt()
@@ -68,7 +68,7 @@ def test_without_a_buffer_the_observer_sees_it(moments: random.Random) -> None:
         with watching() as load:
             pause(moments.uniform(0.2, 1.0))
             primary.kill_qemu()
-            other(primary).await_state("active", timeout=15)
+            other(primary).await_took_over(timeout=15)
             load.observer.hears()
             if load.observer.report()["violation_count"]:
                 return
@@ -87,7 +87,7 @@ def test_a_host_without_any_link(load: Load, measure: Measure) -> None:
     load.flowing()
     at_s = link("rep:h1", "down")
     link("lan:h1", "down")
-    H2.await_state("active", timeout=15)
+    H2.await_took_over(timeout=15)
     load.goes_on()
     measure("client's gap, both links of the primary cut", load.observer.gap(at_s))
     until(lambda: H1.state() == "muted", 10, f"h1 is muted, cut off as it is ({H1.state()})")
@@ -107,7 +107,7 @@ def test_writes_survive_a_reboot_after_the_take_over(load: Load) -> None:
     protect(H1)
     load.flowing()
     H1.kill_qemu()
-    H2.await_state("active", timeout=15)
+    H2.await_took_over(timeout=15)
     load.goes_on()
     load.finished()
     rebooted_at_s = now()

@@ -53,7 +53,7 @@ def test_loss_of_the_primarys_host(bmc: Bmc, load: Load, measure: Measure) -> No
     protect(H1)
     load.flowing()
     at_s = H1.power_off()
-    H2.await_state("active", timeout=20)
+    H2.await_took_over(timeout=20)
     assert bmc.log[-2:] == ["off h1", "status h1"], bmc.log
     load.goes_on()
     gap = measure("beacon's gap, loss of the primary's host, fence (delay 2 s)", load.observer.gap(at_s))
@@ -112,7 +112,7 @@ def test_a_dead_qemu_is_no_reason_to_shoot(bmc: Bmc, load: Load) -> None:
     protect(H1)
     load.flowing()
     H1.kill_qemu()
-    H2.await_state("active", timeout=15)
+    H2.await_took_over(timeout=15)
     load.goes_on()
     assert not bmc.offs(), bmc.log
     H2.await_state("protected", timeout=60)

@@ -53,7 +53,7 @@ def test_right_after_a_take_over(load: Load, moments: random.Random) -> None:
     done = H2.mcft("forget", "vm1", "--local", "--yes", check=False, timeout=120)
     if done.returncode == 4:
         assert "is being taken over here" in done.stderr
-        H2.await_state("active")
+        H2.await_took_over()
     else:
         assert done.returncode == 0 and "NOT done" not in done.stdout, done
     load.goes_on()

@@ -21,7 +21,7 @@ def test_a_returning_primary_starts_no_second_instance(load: Load) -> None:
     assert "disable" in H1.sh("virsh dominfo vm1 | grep Autostart"), "autostart must be off while protected"
     load.flowing()
     H1.power_off()
-    H2.await_state("active", timeout=15)
+    H2.await_took_over(timeout=15)
     load.goes_on()
     H1.power_on()
     H1.await_lost(30)
@@ -58,7 +58,7 @@ def test_planned_switch_there_and_back(load: Load, measure: Measure) -> None:
         at_s = now()
         done = source.mcft("failover", "vm1")
         assert target.name in done.stdout, done
-        target.await_state("active", timeout=10)
+        target.await_took_over(timeout=10)
         load.goes_on()
         measure("client's gap, planned switch", load.observer.gap(at_s))
         source.await_lost(20)
@@ -90,7 +90,7 @@ def test_overlays_of_a_cut_off_take_over_are_committed_offline(load: Load) -> No
     load.flowing()
     H2.sh("systemctl kill --kill-whom=main --signal=STOP libvirtd")  # the agent can't learn that QEMU has committed
     H1.kill_qemu()
-    H2.await_state("active")
+    H2.await_took_over()
     load.goes_on()
     load.unhurt()
     load.writer.ask("finish")

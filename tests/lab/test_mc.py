@@ -78,7 +78,7 @@ def test_take_over(loss: str, measure: Callable[[str, float], float]) -> None:
     at_s = H1.kill_qemu() if loss == "kill" else H1.power_off()
     until(guest_answers, 30, "the guest answers on host2")
     measure(f"mc: guest answers after {loss}", now() - at_s)
-    assert H2.await_state("active")["guest_running"]
+    assert H2.await_took_over()["guest_running"]
     if loss == "power":
         H1.power_on()
         without_tls(H1)
@@ -95,7 +95,7 @@ def test_partition() -> None:
     began_s = now()
     link("rep", "down")
     link("lan:h1", "down")
-    H2.await_state("active", timeout=15)
+    H2.await_took_over(timeout=15)
     assert now() - began_s < 20
     link("lan:h1", "up")
     link("rep", "up")
@@ -106,7 +106,8 @@ def test_partition() -> None:
 def test_planned_switch() -> None:
     follow()
     H1.mcft("failover", "vm1")
-    assert H2.await_state("active")["guest_running"] and H1.qemu_pid() is None
+    assert H2.await_took_over()["guest_running"]
+    H1.await_lost()
     assert guest_answers()
 
 
@@ -127,7 +128,7 @@ def test_a_hang_is_handed_over() -> None:
     follow()
     until(lambda: H2.status()["survives_host_loss"], 10, "the standby is whole")
     hang_next(H1)
-    H2.await_state("active", timeout=40)
+    H2.await_took_over(timeout=40)
     until(guest_answers, 20, "the guest answers on host2")
     H1.await_lost()
     assert H1.qemu_pid() is None

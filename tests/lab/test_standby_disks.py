@@ -130,7 +130,7 @@ def test_a_guest_with_uefi(uefi: None, load: Load) -> None:
         H2.sh(f"printf spoilt | dd of={VARS} conv=notrunc bs=1 seek=300000")
         until(lambda: variables(H2) == variables(H1), 10, "the variables on h2 are those of the guest again")
         H1.kill_qemu()
-        H2.await_state("active", timeout=20)
+        H2.await_took_over(timeout=20)
         load.goes_on()
         assert variables(H2) == variables(H1)
         H2.await_committed()

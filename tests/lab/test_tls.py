@@ -20,7 +20,7 @@ def test_checkpoints_and_disks_are_encrypted_by_default_and_a_take_over_goes_on(
         assert H1.status()["tls"] and H2.status()["tls"]
         assert encrypted(H1)
         H1.kill_qemu()
-        H2.await_state("active")
+        H2.await_took_over()
         load.goes_on()
         H2.await_committed()
         assert not encrypted(H2), "nothing of mcft's is left in the QEMU that took over"

@@ -33,7 +33,7 @@ def test_each_the_others_standby_and_one_host_dies(vm2: None, load: Load) -> Non
     ends = [H1.qemu_pid("vm1"), H1.qemu_pid("vm2"), H2.qemu_pid("vm1"), H2.qemu_pid("vm2")]
     assert all(ends) and H1.state() == H2.state("vm2") == "protected"
     H1.power_off()
-    H2.await_state("active", timeout=20)
+    H2.await_took_over(timeout=20)
     load.goes_on()
     H2.await_state("muted", domain="vm2")
     assert not flows(H2, "vm2") and not redis("set", "held", "1")
@@ -42,7 +42,7 @@ def test_each_the_others_standby_and_one_host_dies(vm2: None, load: Load) -> Non
     H2.await_state("solo", domain="vm2")
     until(lambda: redis("get", "before") == "1", 20, "vm2's redis answers, with what it had acknowledged")
     assert H2.qemu_pid("vm2") == ends[3] and guest("@vm2", "ping") == "pong"
-    H2.await_state("active")
+    H2.await_took_over()
     load.finished()
 
 
@@ -73,8 +73,8 @@ def test_one_host_with_two_peers(third_host: None, load: Load) -> None:
         load.flowing()
         assert redis("set", "before", "1") == "OK"
         H1.power_off()
-        H2.await_state("active")
-        SPARE.await_state("active", domain="vm2")
+        H2.await_took_over()
+        SPARE.await_took_over(domain="vm2")
         load.goes_on()
         until(lambda: redis("get", "before") == "1", 20, "vm2's redis answers on h3, with what it had acknowledged")
         assert H2.qemu_pid("vm2") is None and SPARE.qemu_pid("vm1") is None

@@ -91,7 +91,7 @@ def test_what_virsh_does_to_a_protected_guest(load: Load, extra_disk: None) -> N
     assert (H1.state(), H1.status()["instance"]) == ("protected", instance)
     load.goes_on()
     H1.kill_qemu()
-    H2.await_state("active")
+    H2.await_took_over()
     load.goes_on()
     load.finished()
 
@@ -113,7 +113,7 @@ def test_the_link_and_the_definition_of_a_protected_guest(observer: Observer) ->
     assert observer.hears() > heard["at_s"]
     assert H1.state() == "protected"
     H1.kill_qemu()
-    H2.await_state("active")
+    H2.await_took_over()
     observer.hears()
     observer.clean()
     until(lambda: H2.run("virsh", "dumpxml", "vm1", "--inactive", check=False).returncode == 0, 10, "h2: vm1 is defined")
@@ -138,7 +138,7 @@ def test_a_backup_of_a_protected_guest(mode: str) -> None:
     H1.sh(f"rm {BACKUP}")
     assert (H1.state(), H1.status()["instance"]) == ("protected", instance)
     H1.kill_qemu()
-    H2.await_state("active")
+    H2.await_took_over()
     assert quiet_sum() == seen
 
 
@@ -170,7 +170,7 @@ def test_an_external_snapshot_is_followed(snapshots: None, load: Load) -> None:
     load.goes_on()
     assert H1.state() == "protected"
     H1.kill_qemu()
-    H2.await_state("active")
+    H2.await_took_over()
     load.goes_on()
     load.finished()
 

@@ -32,6 +32,7 @@ IMAGE = "/var/lib/libvirt/images/vm1.img"
 CONFIG = "/etc/mcft/mcft.toml"
 SLOW = int(os.environ.get("MCFT_LAB_SLOW", "1"))  # how many times longer everything may take (lab/uml's one CPU)
 POLL_S = 0.03 * SLOW
+AGAIN = ("preparing", "syncing", "protected")
 LET_GO = ("protected", "solo", "active", "unprotected", "stopped")  # states in which `unprotect` ends all
 
 
@@ -204,6 +205,20 @@ class Host:
             return f"{self}: {domain} {' or '.join(states)}; it is '{status.get('state', '')}' ({status.get('reason')})"
 
         return until(reached, timeout, what)
+
+    def await_took_over(self, timeout: float = 20.0, domain: str = "vm1") -> dict[str, Any]:
+        """Until the domain runs here, as this side's own; the status then.
+
+        Not just until `active`: where the other agent was there all the time, that state lasts less than a second, then it is
+        protected again by itself.
+        """
+
+        def reached() -> dict[str, Any]:
+            status = self.status(domain)
+            again = status.get("role") == "primary" and status["guest_running"] and status["state"] in AGAIN
+            return status if again or status.get("state") == "active" else {}
+
+        return until(reached, timeout, lambda: f"{self} runs {domain}; it is {self.status(domain)}")
 
     def follows(self) -> bool:
         """It lost; or, as the other protects again within a second where this agent was there all the time, it is the standby."""

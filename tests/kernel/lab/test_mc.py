@@ -53,7 +53,7 @@ def follow(primary: Host) -> None:
 def went_on(load: Load, old: Host, at_s: float, what: str) -> None:
     """The other host has it, nothing that the client heard was taken back, the connection lives; and protected back."""
     new = other(old)
-    new.await_state("active", timeout=30)
+    new.await_took_over(timeout=30)
     load.goes_on()
     print(f"{what}: the client's gap {load.observer.gap(at_s, 60):.2f} s, {new.status()['reason']}")
     load.unhurt()

@@ -86,7 +86,7 @@ def test_take_overs(load: Load) -> None:
         kind = "power" if round_ % 2 else "kill"
         pause(moments.uniform(0.5, 3.0))
         at_s = primary.power_off() if kind == "power" else primary.kill_qemu(load.observer.release_begins)
-        standby.await_state("active", timeout=30)
+        standby.await_took_over(timeout=30)
         load.goes_on()
         print(f"{kind} of {primary}: the client's gap {load.observer.gap(at_s, 60):.2f} s")
         load.unhurt()
