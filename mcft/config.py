@@ -7,8 +7,6 @@ understood would show only when a host dies. `packaging/mcft.toml` documents eve
 
 from __future__ import annotations
 
-import ipaddress
-import re
 import socket
 import tomllib
 from collections.abc import Callable
@@ -16,29 +14,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
 
-from mcft import units
+from mcft import configvalues as read
 from mcft.api import ArbiterKind, BufferChoice, McOptions, Transport
 from mcft.errors import NotFound, Usage
 
 DEFAULT_PATH = Path("/etc/mcft/mcft.toml")
-MIN_BUFFER_LIMIT_BYTES = 64 * 1024  # a packet that the card segments (TSO) is up to 64 KiB
 DEFAULT_PORT = 16520
-
-LOSS_MIN_MS, LOSS_MAX_MS = 50, 10_000
-REPROTECT_MAX_MS = 24 * 3_600_000
-PORTS_PER_PROTECTION = 3
 
 StreamTls = Literal["off", "opportunistic", "required"]
 Reserve = Literal["used", "full"]
 
 ARBITERS = get_args(ArbiterKind)
-FENCE_DELAY_MAX_MS = 60_000
-
-# Host names end up in file names, in URLs and in certificates.
-_FENCE_AGENT = re.compile(r"fence_[a-z0-9_]+")
-_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,251}[A-Za-z0-9])?")
-
-_DEVICE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 
 
 @dataclass(frozen=True)
@@ -170,51 +156,51 @@ def parse(text: str, origin: str = str(DEFAULT_PATH)) -> Config:
 
     values: dict[str, Any] = {}
     top = _Table(document, "", origin)
-    top.take(values, "name", "name", _name)
+    top.take(values, "name", "name", read.name)
 
     listen = top.table("listen")
-    listen.take(values, "listen_addresses", "addresses", _listen_addresses)
-    listen.take(values, "listen_port", "port", _port)
+    listen.take(values, "listen_addresses", "addresses", read.listen_addresses)
+    listen.take(values, "listen_port", "port", read.port)
 
-    top.table("ports").take(values, "ports", "range", _port_range)
+    top.table("ports").take(values, "ports", "range", read.port_range)
     keepalive = top.table("keepalive")
-    keepalive.take(values, "loss_ms", "loss", _loss)
-    keepalive.take(values, "rdma_device", "rdma_device", rdma_device)
+    keepalive.take(values, "loss_ms", "loss", read.loss)
+    keepalive.take(values, "rdma_device", "rdma_device", read.rdma_device)
 
     protect = top.table("protect")
-    protect.take(values, "auto_protect", "auto", _flag)
-    protect.take(values, "netbuffer", "netbuffer", _one_of(get_args(BufferChoice)))
-    protect.take(values, "buffer_limit_bytes", "buffer_limit", _buffer_limit)
-    protect.take(values, "max_bandwidth_bytes", "max_bandwidth", _bandwidth)
+    protect.take(values, "auto_protect", "auto", read.flag)
+    protect.take(values, "netbuffer", "netbuffer", read.one_of(get_args(BufferChoice)))
+    protect.take(values, "buffer_limit_bytes", "buffer_limit", read.buffer_limit)
+    protect.take(values, "max_bandwidth_bytes", "max_bandwidth", read.bandwidth)
 
     reprotect = top.table("reprotect")
-    reprotect.take(values, "reprotect_after_ms", "after", _reprotect_after)
-    reprotect.take(values, "reprotect_after_restart_ms", "after_restart", _reprotect_after)
+    reprotect.take(values, "reprotect_after_ms", "after", read.reprotect_after)
+    reprotect.take(values, "reprotect_after_restart_ms", "after_restart", read.reprotect_after)
 
-    top.table("disks").take(values, "reserve", "reserve", _one_of(get_args(Reserve)))
-    top.table("lan").take(values, "lan_check", "check", _peer_addresses)
-    top.table("arbiter").take(values, "arbiter", "kind", _one_of(ARBITERS))
+    top.table("disks").take(values, "reserve", "reserve", read.one_of(get_args(Reserve)))
+    top.table("lan").take(values, "lan_check", "check", read.peer_addresses)
+    top.table("arbiter").take(values, "arbiter", "kind", read.one_of(ARBITERS))
     values["etcd"] = _etcd(top.table("etcd"))
     values["fence"] = _fence(top.table("fence"))
 
     options: dict[str, Any] = {}
     mc = top.table("mc")
-    mc.take(options, "transport", "transport", _one_of(get_args(Transport)))
+    mc.take(options, "transport", "transport", read.one_of(get_args(Transport)))
     for name in ("rdma_copy", "rdma_keepalive", "rdma_pin_all"):
-        mc.take(options, name, name, _flag)
+        mc.take(options, name, name, read.flag)
     values["mc"] = McOptions(**options)
 
     agent = top.table("agent")
-    agent.take(values, "libvirt_uri", "libvirt_uri", _word)
-    agent.take(values, "state_dir", "state_dir", _directory)
-    agent.take(values, "run_dir", "run_dir", _directory)
-    agent.take(values, "socket_group", "socket_group", _word)
-    agent.take(values, "operators", "operators", _names)
+    agent.take(values, "libvirt_uri", "libvirt_uri", read.word)
+    agent.take(values, "state_dir", "state_dir", read.directory)
+    agent.take(values, "run_dir", "run_dir", read.directory)
+    agent.take(values, "socket_group", "socket_group", read.word)
+    agent.take(values, "operators", "operators", read.names)
 
     tls = top.table("tls")
-    tls.take(values, "pki_dir", "pki_dir", _directory)
-    tls.take(values, "qemu_pki_dir", "qemu_pki_dir", _directory)
-    tls.take(values, "tls", "streams", _one_of(get_args(StreamTls)))
+    tls.take(values, "pki_dir", "pki_dir", read.directory)
+    tls.take(values, "qemu_pki_dir", "qemu_pki_dir", read.directory)
+    tls.take(values, "tls", "streams", read.one_of(get_args(StreamTls)))
 
     values["peers"] = _peers(top.table("peers"))
     values.setdefault("operators", tuple(values["peers"]))
@@ -272,12 +258,12 @@ def _peers(tables: _Table) -> dict[str, Peer]:
     for name in tables.untaken():
         table = tables.table(name)
         try:
-            _name(name)
+            read.name(name)
         except ValueError as error:
             tables.refuse(name, str(error))
         values: dict[str, Any] = {}
-        table.take(values, "addresses", "addresses", _peer_addresses)
-        table.take(values, "port", "port", _port)
+        table.take(values, "addresses", "addresses", read.peer_addresses)
+        table.take(values, "port", "port", read.port)
         if "addresses" not in values:
             tables.refuse(
                 name, 'needs its addresses: write addresses = ["192.0.2.2"], the replication link first'
@@ -288,11 +274,11 @@ def _peers(tables: _Table) -> dict[str, Peer]:
 
 def _etcd(table: _Table) -> Etcd:
     values: dict[str, Any] = {}
-    table.take(values, "endpoints", "endpoints", _endpoints)
+    table.take(values, "endpoints", "endpoints", read.endpoints)
     for key in ("ca", "cert", "key", "password_file"):
-        table.take(values, key, key, _directory)
-    table.take(values, "user", "user", _word)
-    table.take(values, "prefix", "prefix", _word)
+        table.take(values, key, key, read.directory)
+    table.take(values, "user", "user", read.word)
+    table.take(values, "prefix", "prefix", read.word)
     if ("cert" in values) != ("key" in values):
         table.refuse("cert", "goes with key: name both files, or neither")
     if ("user" in values) != ("password_file" in values):
@@ -305,9 +291,9 @@ def _fence(tables: _Table) -> dict[str, FenceDevice]:
     for name in tables.untaken():
         table = tables.table(name)
         values: dict[str, Any] = {}
-        table.take(values, "agent", "agent", _fence_agent)
-        table.take(values, "delay_ms", "delay", _fence_delay)
-        table.take(values, "options", "options", _options)
+        table.take(values, "agent", "agent", read.fence_agent)
+        table.take(values, "delay_ms", "delay", read.fence_delay)
+        table.take(values, "options", "options", read.options)
         if "agent" not in values:
             tables.refuse(name, 'needs its fence agent: write agent = "fence_ipmilan"')
         devices[name] = FenceDevice(**values)
@@ -334,167 +320,3 @@ def _consistent(config: Config, top: _Table) -> Config:
     if first <= config.listen_port <= last:
         top.refuse("ports.range", f"contains the agent's own port {config.listen_port}: move one of them")
     return config
-
-
-# ---- readers of one value: the value, or ValueError with what to write ----
-
-
-def _word(raw: Any) -> str:
-    if not isinstance(raw, str) or not raw.strip():
-        raise ValueError("must be a text in quotes")
-    return raw
-
-
-def _flag(raw: Any) -> bool:
-    if not isinstance(raw, bool):
-        raise ValueError("must be true or false, without quotes")
-    return raw
-
-
-def _name(raw: Any) -> str:
-    if not isinstance(raw, str) or not _NAME.fullmatch(raw):
-        raise ValueError('must be a host\'s name of letters, digits, ".", "-" and "_", like "host1"')
-    return raw
-
-
-def _names(raw: Any) -> tuple[str, ...]:
-    return tuple(_name(item) for item in _list(raw, '["host2"]'))
-
-
-def _directory(raw: Any) -> Path:
-    if not isinstance(raw, str) or not raw.startswith("/"):
-        raise ValueError("must be an absolute path in quotes")
-    return Path(raw)
-
-
-def _port(raw: Any) -> int:
-    if isinstance(raw, bool) or not isinstance(raw, int) or not 1 <= raw <= 65535:
-        raise ValueError("must be a port, 1 to 65535, without quotes")
-    return raw
-
-
-def _port_range(raw: Any) -> tuple[int, int]:
-    match = re.fullmatch(r"\s*([0-9]{1,5})\s*-\s*([0-9]{1,5})\s*", raw) if isinstance(raw, str) else None
-    if match is None:
-        raise ValueError('must be two ports: write "16530-16629"')
-    first, last = int(match[1]), int(match[2])
-    if not 1024 <= first <= last <= 65535:
-        raise ValueError('must rise and stay within 1024 to 65535: write "16530-16629"')
-    if last - first + 1 < PORTS_PER_PROTECTION:
-        raise ValueError(f"must hold {PORTS_PER_PROTECTION} ports per protection at least")
-    return first, last
-
-
-def _loss(raw: Any) -> int:
-    milliseconds = units.parse_duration_ms(_quantity(raw, "300ms"), what="time")
-    if not LOSS_MIN_MS <= milliseconds <= LOSS_MAX_MS:
-        raise ValueError('must be 50ms to 10s: write "300ms"')
-    return round(milliseconds)
-
-
-def rdma_device(raw: Any) -> str:
-    """A device's name, "auto" or "off". Raises: ValueError with what to write."""
-    if not isinstance(raw, str) or not _DEVICE.fullmatch(raw):
-        raise ValueError('must be "auto", "off", or the name of an RDMA device, like "mlx5_0"')
-    return raw
-
-
-def _reprotect_after(raw: Any) -> int:
-    milliseconds = units.parse_duration_ms(_quantity(raw, "60s"), what="time")
-    if milliseconds > REPROTECT_MAX_MS:
-        raise ValueError('must be 24h at most: write "60s"')
-    return round(milliseconds)
-
-
-def _bandwidth(raw: Any) -> int:
-    if raw == 0 and not isinstance(raw, bool):
-        return 0
-    return units.parse_rate_bytes(_quantity(raw, "10GiB"), what="bandwidth")
-
-
-def _fence_agent(raw: Any) -> str:
-    if not isinstance(raw, str) or not _FENCE_AGENT.fullmatch(raw):
-        raise ValueError('must be the name of a program of fence-agents, like "fence_ipmilan"')
-    return raw
-
-
-def _fence_delay(raw: Any) -> int:
-    milliseconds = units.parse_duration_ms(_quantity(raw, "5s"), what="time")
-    if milliseconds > FENCE_DELAY_MAX_MS:
-        raise ValueError('must be 60s at most: write "5s"')
-    return round(milliseconds)
-
-
-def _options(raw: Any) -> tuple[tuple[str, str], ...]:
-    """The agent's own options; `action` is mcft's."""
-    if not isinstance(raw, dict) or not all(isinstance(v, (str, int)) for v in raw.values()):
-        raise ValueError('must be a table: write options = { ip = "192.0.2.9", username = "mcft" }')
-    texts = tuple((str(k), str(v).lower() if isinstance(v, bool) else str(v)) for k, v in raw.items())
-    for name, text in texts:
-        if name == "action" or "\n" in name + text or "=" in name:
-            raise ValueError(f"{name!r} can't be given: mcft says the action, and an option is one line")
-    return texts
-
-
-def _endpoints(raw: Any) -> tuple[str, ...]:
-    urls = []
-    for item in _list(raw, '["https://192.0.2.3:2379"]'):
-        if not isinstance(item, str) or not re.fullmatch(r"https?://[^/\s]+", item.rstrip("/")):
-            raise ValueError('must be URLs without a path: write ["https://192.0.2.3:2379"]')
-        urls.append(item.rstrip("/"))
-    return tuple(urls)
-
-
-def _buffer_limit(raw: Any) -> int:
-    if raw == "auto":
-        return 0
-    size = units.parse_size_bytes(_quantity(raw, "64MiB"), what="buffer limit")
-    if size < MIN_BUFFER_LIMIT_BYTES:
-        raise ValueError('must hold at least one large packet: write "auto", or "64KiB" or more')
-    return size
-
-
-def _quantity(raw: Any, example: str) -> str:
-    if not isinstance(raw, str):
-        raise ValueError(f'must be a text with its unit: write "{example}"')
-    return raw
-
-
-def _one_of(choices: tuple[str, ...]) -> Callable[[Any], str]:
-    def read(raw: Any) -> str:
-        if not isinstance(raw, str) or raw not in choices:
-            known = ", ".join(f'"{choice}"' for choice in choices)
-            raise ValueError(f"must be {'one of ' if len(choices) > 1 else ''}{known}")
-        return raw
-
-    return read
-
-
-def _listen_addresses(raw: Any) -> tuple[str, ...]:
-    return tuple(str(_address(item)) for item in _list(raw, '["0.0.0.0"]'))
-
-
-def _peer_addresses(raw: Any) -> tuple[str, ...]:
-    addresses = [_address(item) for item in _list(raw, '["192.0.2.2"]')]
-    for address in addresses:
-        if address.is_unspecified or address.is_multicast:
-            raise ValueError(f"{address} is no address of one host")
-    if len(set(addresses)) != len(addresses):
-        raise ValueError("must not name an address twice: each is a link of its own")
-    return tuple(str(address) for address in addresses)
-
-
-def _list(raw: Any, example: str) -> list[Any]:
-    if not isinstance(raw, list) or not raw:
-        raise ValueError(f"must be a list in brackets: write {example}")
-    return raw
-
-
-def _address(raw: Any) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    # Names are refused: they would be looked up at the moment of a failure, when DNS may be down as well.
-    try:
-        if not isinstance(raw, str):
-            raise ValueError
-        return ipaddress.ip_address(raw)
-    except ValueError:
-        raise ValueError(f"{raw!r} is no IP address: write the number, names depend on DNS") from None

@@ -18,7 +18,8 @@ from mcft.agent.peerverbs import PeerVerbs
 from mcft.agent.protection import Primary
 from mcft.agent.site import Life, Site, log, stored_ledger
 from mcft.agent.standby import Standby
-from mcft.config import ARBITERS, rdma_device
+from mcft.config import ARBITERS
+from mcft.configvalues import rdma_device
 from mcft.diskreplica import Disk
 from mcft.errors import Failed, McftError, NotFound, Refused, TimedOut, Unreachable, Usage
 from mcft.generations import Kind, Ledger
