@@ -23,7 +23,7 @@ from arbiters import Bmc, Etcd, all_arbiters
 from rich.console import Console
 from rich.table import Table
 from watching import Client, Load, settled, verified
-from world import CONFIG, H1, HOSTS, IMAGE, Host, guest, hosts_on, lab, now, other, pause, restore, until, up
+from world import H1, HOSTS, IMAGE, NOT_AGAIN, Host, configured, guest, hosts_on, lab, now, other, pause, restore, until, up
 
 from bench.chaosfaults import FAULTS, Fault, Scene, choose, inject
 
@@ -203,22 +203,17 @@ class Chaos:
         """A quiet guest changes hosts on purpose: what it leaves behind is what it goes on with, byte for byte."""
         guest("sync")
         target = other(primary)
-        for host in HOSTS:
-            append = f"printf '\\n[protect]\\nauto = false\\n' >> {CONFIG}"
-            host.sh(f"cp {CONFIG} {CONFIG}.kept; {append}; systemctl restart mcft-agent")
-        try:
+        with ExitStack() as stack:
+            for host in HOSTS:
+                stack.enter_context(configured(host, NOT_AGAIN))
             until(lambda: all(host.state() == "protected" for host in HOSTS), 20, "protected by the restarted agents")
             assert guest("sync") == "ok"
             primary.mcft("failover", "vm1")
-            target.await_took_over(timeout=20)
+            target.await_state("active", timeout=20)
             target.await_committed()
             self.look()
             sums = {host: host.sh(f"sha256sum {IMAGE}").split()[0] for host in HOSTS}
             assert sums[target] == sums[primary], f"the disks differ after a planned switch of a quiet guest: {sums}"
-        finally:
-            for host in HOSTS:
-                host.sh(f"mv {CONFIG}.kept {CONFIG}; systemctl restart mcft-agent")
-                until(host.answers, 20, f"{host}: the agent answers")
 
     def frames_came_from_one_port(self, switch: Client) -> None:
         """Each change of the guest's port on the switch was a take-over that its host recorded."""

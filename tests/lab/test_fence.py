@@ -6,13 +6,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from arbiters import Bmc, fence_arbiter
-from conftest import EVIDENCE
 from watching import Load
 from world import H1, H2, apart, now, protect, together, until
 
 Measure = Callable[[str, float], float]
-
-NOT_SEEN_GREEN = pytest.mark.skipif(not EVIDENCE, reason="MCFT_EVIDENCE=1: not seen green since its last fix")
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +79,6 @@ def test_all_links_between_two_live_hosts_cut(bmc: Bmc, load: Load) -> None:
     load.finished()
 
 
-@NOT_SEEN_GREEN
 @pytest.mark.parametrize("mode", ["lies", "vague"])
 def test_unverified_is_not_fenced(mode: str, bmc: Bmc, load: Load) -> None:
     """An `off` that says ok and does nothing, or a `status` that can't tell: nobody goes on. Once it works, it does.
@@ -119,7 +115,6 @@ def test_a_dead_qemu_is_no_reason_to_shoot(bmc: Bmc, load: Load) -> None:
     load.finished()
 
 
-@NOT_SEEN_GREEN
 def test_a_silent_fence_device_shows(bmc: Bmc) -> None:
     """The agent's own check: `status` shows it, `status --check` fails with a line.
 

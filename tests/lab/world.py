@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -302,10 +303,13 @@ def protect(primary: Host, *more: str, timeout: float = 40.0) -> None:
         until(lambda: primary.status().get("survives_host_loss"), 10, f"{primary}: vm1 survives a host's loss")
 
 
+_kept = count(1)
+
+
 @contextmanager
 def configured(host: Host, change: str) -> Iterator[None]:
-    """The host's configuration, changed by a shell command on `$file`; as it was afterwards."""
-    kept = "/etc/mcft/kept"
+    """The host's configuration, changed by a shell command on `$file`; as it was afterwards. (Also within another.)"""
+    kept = f"/etc/mcft/kept-{next(_kept)}"
     try:
         host.sh(f"cp {CONFIG} {kept} && file={CONFIG} && {change} && systemctl restart mcft-agent")
         until(host.answers, 20, f"{host}: the agent answers with its changed configuration")
