@@ -11,74 +11,16 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
 import click
 import msgspec
 
-from mcft import __version__, api, checktext, client, errors, render, units
-
-_F = TypeVar("_F", bound=Callable[..., Any])
+from mcft import __version__, acting, api, checktext, client, errors, options, render
 
 WATCH_S = 1.0
-
-
-def _quantity(parse: Callable[[str], Any]) -> Callable[[click.Context, click.Parameter, Any], Any]:
-    """An option's callback: the refusals of `units` become Click's usage errors, naming the option."""
-
-    def read(_: click.Context, param: click.Parameter, value: Any) -> Any:
-        try:
-            return parse(value) if value is not None else None
-        except errors.Usage as refusal:
-            raise click.BadParameter(refusal.message, param=param) from refusal
-
-    return read
-
-
-def _timeout_s(text: str) -> float:
-    return units.parse_duration_ms(text, zero_ok=True, what="timeout", usual_unit="s") / 1000
-
-
-def _states(text: str) -> frozenset[str]:
-    states = frozenset(word.strip() for word in text.split(","))
-    unknown = ", ".join(sorted(states - set(get_args(api.State))))
-    if unknown:
-        raise errors.Usage("no-such-state", f"{unknown} is no state: say {', '.join(get_args(api.State))}")
-    return states
-
-
-def _delay_option(**more: Any) -> Callable[[_F], _F]:
-    read = _quantity(units.parse_delay_ms)
-    return click.option(
-        "--delay", callback=read, metavar="TIME", help="Between checkpoints, 10ms to 10s.", **more
-    )
-
-
-def _mc_options(command: _F) -> _F:
-    """Engine mc's; without any of them the configuration's [mc] counts."""
-    texts = {
-        "--mc-rdma-copy": "Engine mc: copy memory locally by RDMA.",
-        "--rdma-keepalive": "Engine mc: QEMU's own keepalive on its RDMA link.",
-        "--rdma-pin-all": "Engine mc: pin all of the guest's memory for RDMA.",
-    }
-    names = {"--mc-rdma-copy": "rdma_copy", "--rdma-keepalive": "rdma_keepalive", "--rdma-pin-all": "rdma_pin_all"}
-    for flag, text in texts.items():
-        command = click.option(flag, names[flag], is_flag=True, help=text)(command)
-    transport = click.Choice(get_args(api.Transport))
-    command = click.option("--transport", type=transport, help="Engine mc: how checkpoints travel.")(command)
-    return click.option("--experimental", is_flag=True, help="Allow what was never seen at work.")(command)
-
-
-def _mc(given: dict[str, Any]) -> api.McOptions | None:
-    if not any(given.values()):
-        return None
-    return api.McOptions(given["transport"] or "tcp", given["rdma_copy"], given["rdma_keepalive"], given["rdma_pin_all"])
-
-
-def _timeout_option(text: str) -> Callable[[_F], _F]:
-    return click.option("--timeout", callback=_quantity(_timeout_s), metavar="TIME", help=text)
 
 
 class _Session:
@@ -122,18 +64,18 @@ def cli(ctx: click.Context, host: str | None, config: Path | None) -> None:
 @cli.command()
 @click.argument("domain")
 @click.option("--to", "to", required=True, metavar="PEER", help="The host that holds the standby.")
-@_delay_option(default="100ms", show_default=True)
+@options.delay_option(default="100ms", show_default=True)
 @click.option("--engine", type=click.Choice(get_args(api.EngineChoice)), default="auto", show_default=True)
 @click.option("--netbuffer", type=click.Choice(get_args(api.BufferChoice)), default="auto", show_default=True)
 @click.option("--arbiter", type=click.Choice(get_args(api.ArbiterKind)), help="Who decides at a loss; default: as configured.")
-@_mc_options
+@options.mc_options
 @click.option(
     "--disk", "disks", multiple=True, metavar="TARGET=PATH", help="The disk's place on the standby."
 )
 @click.option("--overwrite", multiple=True, metavar="PATH", help="This file there may be overwritten.")
 @click.option("--rdma-device", default="", metavar="NAME|auto|off", help="For keepalives by RDMA.")
 @click.option("--no-wait", is_flag=True, help="Return when the set-up was accepted.")
-@_timeout_option("End waiting after this long (exit 6); the set-up goes on.")
+@options.timeout_option("End waiting after this long (exit 6); the set-up goes on.")
 @click.pass_obj
 def protect(
     session: _Session,
@@ -153,17 +95,18 @@ def protect(
     **mc: Any,
 ) -> None:
     """Protect a running domain with a standby on PEER."""
-    paths = _disk_paths(disks)
+    paths = options.disk_paths(disks)
     request = api.ProtectRequest(
-        domain, to, delay, engine, netbuffer, paths, list(overwrite), _new_key(), rdma_device, arbiter, _mc(mc), experimental
+        domain, to, delay, engine, netbuffer, paths, list(overwrite), acting.new_key(), rdma_device, arbiter,
+        options.mc(mc), experimental,
     )
     agent = session.agent()
-    with _detachable(f"protecting {domain} goes on; `mcft unprotect {domain}` cancels it"):
+    with acting.detachable(f"protecting {domain} goes on; `mcft unprotect {domain}` cancels it"):
         job = agent.protect(request)
         if no_wait and job.state == "running":
             click.echo(f"{domain}: accepted, job {job.id}. To wait: mcft wait {domain} --for protected")
             return
-        _finish(agent, job, timeout, f"{domain} is protected")
+        acting.finish(agent, job, timeout, f"{domain} is protected")
         # The act is done; that its state cannot be asked for just now does not undo it.
         with suppress(errors.McftError):
             status = agent.status(domain)
@@ -178,34 +121,25 @@ def protect(
 def unprotect(session: _Session, domain: str) -> None:
     """End a protection; the domain goes on as it was before."""
     agent = session.agent()
-    _act(agent, domain, "unprotect", api.ActRequest(key=_new_key()), f"{domain} is not protected")
-
-
-def _override_options(command: Callable[..., None]) -> Callable[..., None]:
-    force = click.option("--force", is_flag=True, help="Your word in place of the arbiter's.")
-    peer_is_off = click.option(
-        "--peer-is-off", is_flag=True, help="You state that the other host is powered off."
-    )
-    yes = click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
-    return force(peer_is_off(yes(command)))
+    acting.act(agent, domain, "unprotect", api.ActRequest(key=acting.new_key()), f"{domain} is not protected")
 
 
 @cli.command()
 @click.argument("domain")
-@_override_options
+@options.override_options
 @click.pass_obj
 def failover(session: _Session, domain: str, force: bool, peer_is_off: bool, yes: bool) -> None:
     """Move a protected domain to its standby: a planned switch, or a take-over with the primary gone."""
-    _override(session.agent(), "failover", domain, force, peer_is_off, yes, f"{domain} was taken over")
+    acting.override(session.agent(), "failover", domain, force, peer_is_off, yes, f"{domain} was taken over")
 
 
 @cli.command()
 @click.argument("domain")
-@_override_options
+@options.override_options
 @click.pass_obj
 def solo(session: _Session, domain: str, force: bool, peer_is_off: bool, yes: bool) -> None:
     """Let a domain's primary go on without its standby."""
-    _override(session.agent(), "solo", domain, force, peer_is_off, yes, f"{domain} goes on without a standby")
+    acting.override(session.agent(), "solo", domain, force, peer_is_off, yes, f"{domain} goes on without a standby")
 
 
 @cli.command()
@@ -219,27 +153,27 @@ def start(session: _Session, domain: str, accept_lost_data: bool, yes: bool) -> 
     if accept_lost_data:
         answer = agent.status(domain) if sys.stdin.isatty() and not yes else None
         known = (answer.host, answer.protections[0]) if answer else None
-        _confirm(render.lost_data_stake(domain, known), yes)
-    request = api.ActRequest(key=_new_key(), accept_lost_data=accept_lost_data)
-    _act(agent, domain, "start", request, f"{domain} runs")
+        acting.confirm(render.lost_data_stake(domain, known), yes)
+    request = api.ActRequest(key=acting.new_key(), accept_lost_data=accept_lost_data)
+    acting.act(agent, domain, "start", request, f"{domain} runs")
 
 
 @cli.command()
 @click.argument("on", type=click.Choice(["on", "off"]))
 @click.option("--for-shutdown", is_flag=True, help="Until the next boot only (mcft-shutdown.service).")
-@_timeout_option("End waiting after this long (exit 6); it goes on.")
+@options.timeout_option("End waiting after this long (exit 6); it goes on.")
 @click.pass_obj
 def maintenance(session: _Session, on: str, for_shutdown: bool, timeout: float | None) -> None:
     """Empty this host of everything protected, and keep it so; or end that."""
     agent = session.agent()
-    with _detachable("it goes on; `mcft status` shows it, `mcft maintenance off` cancels it"):
-        job = agent.maintenance(api.MaintenanceRequest(on == "on", for_shutdown, _new_key()))
-        _finish(agent, job, timeout, f"maintenance is {on}")
+    with acting.detachable("it goes on; `mcft status` shows it, `mcft maintenance off` cancels it"):
+        job = agent.maintenance(api.MaintenanceRequest(on == "on", for_shutdown, acting.new_key()))
+        acting.finish(agent, job, timeout, f"maintenance is {on}")
 
 
 @cli.command(name="set")
 @click.argument("domain")
-@_delay_option(required=True)
+@options.delay_option(required=True)
 @click.pass_obj
 def set_(session: _Session, domain: str, delay: int) -> None:
     """Change a protection while it runs."""
@@ -252,10 +186,10 @@ def set_(session: _Session, domain: str, delay: int) -> None:
 @cli.command()
 @click.argument("domain")
 @click.option("--to", "to", required=True, metavar="PEER", help="The host that would hold the standby.")
-@_delay_option(default="100ms", show_default=True)
+@options.delay_option(default="100ms", show_default=True)
 @click.option("--engine", type=click.Choice(get_args(api.EngineChoice)), default="auto", show_default=True)
 @click.option("--netbuffer", type=click.Choice(get_args(api.BufferChoice)), default="auto", show_default=True)
-@_mc_options
+@options.mc_options
 @click.option(
     "--disk", "disks", multiple=True, metavar="TARGET=PATH", help="The disk's place on the standby."
 )
@@ -279,9 +213,9 @@ def check(
     **mc: Any,
 ) -> None:
     """Say what protect would refuse, warn of and cost; nothing is touched."""
-    paths = _disk_paths(disks)
+    paths = options.disk_paths(disks)
     request = api.ProtectRequest(
-        domain, to, delay, engine, netbuffer, paths, list(overwrite), rdma_device=rdma_device, mc=_mc(mc),
+        domain, to, delay, engine, netbuffer, paths, list(overwrite), rdma_device=rdma_device, mc=options.mc(mc),
         experimental=experimental,
     )  # fmt: skip
     answer, raw = session.agent().check(request)
@@ -327,13 +261,13 @@ def status(session: _Session, domain: str | None, as_json: bool, watch: bool, ch
 @click.option(
     "--for",
     "states",
-    callback=_quantity(_states),
+    callback=options.quantity(options.states),
     metavar="STATE[,STATE…]",
     default="protected",
     show_default=True,
     help="Any of these states.",
 )
-@_timeout_option("Give up after this long (exit 6). Without it: never.")
+@options.timeout_option("Give up after this long (exit 6). Without it: never.")
 @click.pass_obj
 def wait(session: _Session, domain: str, states: frozenset[str], timeout: float | None) -> None:
     """Wait until a protection is in one of the states."""
@@ -382,7 +316,7 @@ def forget(session: _Session, domain: str, local: bool, yes: bool) -> None:
     question = (
         f"This host forgets the protection of {domain} and opens its network without asking the other host."
     )
-    _confirm(question + f"\n{render.stake('forget', domain, False, False, None)}", yes)
+    acting.confirm(question + f"\n{render.stake('forget', domain, False, False, None)}", yes)
     for line in importlib.import_module("mcft.agent.forget").forget_local(domain):
         click.echo(line)
 
@@ -405,87 +339,10 @@ def _need_command(ctx: click.Context) -> None:
         ctx.exit(errors.USAGE)
 
 
-def _override(
-    agent: client.Client, verb: client.Verb, domain: str, force: bool, peer_is_off: bool, yes: bool, done: str
-) -> None:
-    if (force or peer_is_off) and not yes:
-        answer = agent.status(domain) if sys.stdin.isatty() else None
-        known = (answer.host, answer.protections[0]) if answer else None
-        _confirm(render.stake(verb, domain, force, peer_is_off, known), yes)
-    _act(agent, domain, verb, api.ActRequest(force, peer_is_off, _new_key()), done)
-
-
-def _act(agent: client.Client, domain: str, verb: client.Verb, request: api.ActRequest, done: str) -> None:
-    with _detachable(f"{verb} of {domain} goes on; `mcft status {domain}` shows it"):
-        job = agent.act(domain, verb, request)
-        if verb == "unprotect" and job.kind == "protect":
-            # That job is cancelled: once it has undone itself, whatever it had reached (nothing, mostly) is ended too.
-            with render.progress(f"protect {domain}", sys.stdout) as show:
-                for step in agent.follow_job(job, None):
-                    job = step
-                    show(job)
-            if job.error is not None:
-                api.raise_error(job.error)
-            job = agent.act(domain, verb, api.ActRequest(key=_new_key()))
-        _finish(agent, job, None, done)
-
-
-def _finish(agent: client.Client, job: api.JobBody, timeout_s: float | None, done: str) -> None:
-    """Show a job to its end and say its result; a job that failed raises what it failed of."""
-    with render.progress(f"{job.kind} {job.domain}", sys.stdout) as show:
-        for step in agent.follow_job(job, timeout_s):
-            job = step
-            show(job)
-    if job.state == "done":
-        click.echo(job.result or done)
-    elif job.error is not None:
-        api.raise_error(job.error)
-    else:
-        raise errors.Failed(f"job-{job.state}", f"{job.kind} of {job.domain} was {job.state}", job.result)
-
-
-@contextmanager
-def _detachable(notice: str) -> Iterator[None]:
-    """Ctrl-C ends the waiting, not the act."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        click.echo(f"\nmcft: detached; {notice}.", err=True)
-        sys.exit(errors.DETACHED)
-
-
-def _confirm(stake: str, yes: bool) -> None:
-    if yes:
-        return
-    if not sys.stdin.isatty():
-        raise click.UsageError("this needs a confirmation and there is no terminal: add --yes")
-    click.echo(stake, err=True)
-    if not click.confirm("Go on?", err=True):
-        click.echo("mcft: nothing was changed.", err=True)
-        sys.exit(errors.FAILED)
-
-
-def _disk_paths(disks: tuple[str, ...]) -> dict[str, str]:
-    paths: dict[str, str] = {}
-    for text in disks:
-        target, equals, path = text.partition("=")
-        if not (target and equals and path.startswith("/")):
-            raise click.UsageError(f'"{text}" is no disk: say --disk vda=/var/lib/libvirt/images/vm1.qcow2')
-        if target in paths:
-            raise click.UsageError(f"the disk {target} is given twice")
-        paths[target] = path
-    return paths
-
-
 def _every_second(text: Callable[[], str]) -> Iterator[str]:
     while True:
         yield text()
         time.sleep(WATCH_S)
-
-
-def _new_key() -> str:
-    """An idempotency key: an agent that gets one request twice acts once."""
-    return os.urandom(16).hex()
 
 
 def main(args: list[str] | None = None) -> int:
