@@ -263,7 +263,7 @@ class Standby(Copy):
                 self.body.overlays_g = 0
                 self.event("alarm", f"{self.body.domain} can't be taken over here: {error}", "alarm")
                 return
-        if self._broken and self.body.arbiter != "standby":
+        if self._broken:
             await self._give_back(f"this copy is not whole: {self._broken}")
             return
         if not self.qemu_alive():
