@@ -218,11 +218,11 @@ class Standby(Copy):
         return False
 
     async def _undecidable(self, reason: str, why: str) -> None:
-        """Only an operator gets out of it. Said once."""
+        """Only an operator gets out of it: `failed`, which says what to type. Said once; the copy stays, for that word."""
         said = f"{reason}; the arbiter ({self.body.arbiter}) can't tell who goes on: {why}"
         if self.body.reason != said:
             self.event("alarm", f"{self.body.domain} can't be taken over here: {said}", "alarm")
-            self.to_state("taking-over", said)
+            self.to_state("failed", said)
             await self.save()
 
     async def _lost(self, reason: str) -> None:
