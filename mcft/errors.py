@@ -39,6 +39,10 @@ class Failed(McftError):
     """It was tried, it failed, and what had been done was undone (or the text says what remains)."""
 
 
+class Remains(Failed):
+    """It failed, and so did its undoing: the text says what remains. Whoever began it undoes it again, until that is done."""
+
+
 class Usage(McftError):
     """The words of the request are off; nothing was tried."""
 

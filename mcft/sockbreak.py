@@ -1,9 +1,9 @@
-"""Break a process's TCP connection from outside, on this host alone: `SOCK_DESTROY` of the kernel's sock_diag.
+"""A process's TCP connections from outside, on this host alone: look at them and break them, by the kernel's sock_diag.
 
 A micro-checkpointed standby whose primary vanished without a word waits in recv for up to 70 s, deaf; one whose socket is
-destroyed wakes at once (ECONNABORTED). A primary whose standby vanished waits likewise. Needs CAP_NET_ADMIN and a kernel with
-CONFIG_INET_DIAG_DESTROY; `possible` tries it on a connection of its own. Kernel: `net/ipv4/inet_diag.c`, `linux/sock_diag.h`;
-ss(8) -K does the same. No pyroute2: a gate must start fast.
+destroyed (`SOCK_DESTROY`) wakes at once (ECONNABORTED). A primary whose standby vanished waits likewise. Needs CAP_NET_ADMIN and
+a kernel with CONFIG_INET_DIAG_DESTROY; `why_not` tries it on a connection of its own. To look needs neither. Kernel:
+`net/ipv4/inet_diag.c`, `linux/sock_diag.h`; ss(8) -K does the same. No pyroute2: a gate must start fast.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SOCK_DIAG_BY_FAMILY, SOCK_DESTROY = 20, 21
 NLMSG_ERROR, NLMSG_DONE = 2, 3
 NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP = 1, 4, 0x300
 NETLINK_SOCK_DIAG = 4
-LISTEN = 10
+ESTABLISHED, LISTEN = 1, 10  # linux/tcp_states.h
 CONNECTED = sum(1 << state for state in range(1, 12) if state != LISTEN)  # every state of linux/tcp_states.h but that
 _HEADER, _REQUEST, _ID = struct.Struct("=IHHII"), struct.Struct("=BBBBI"), struct.Struct("!HH16s16s")
 _MESSAGE_BYTES = 72  # inet_diag_msg
@@ -28,9 +28,10 @@ _MESSAGE_BYTES = 72  # inet_diag_msg
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """A TCP socket as the kernel names it. ident: its inet_diag_sockid."""
+    """A TCP socket as the kernel names it. state: of linux/tcp_states.h; ident: its inet_diag_sockid."""
 
     family: int
+    state: int
     local_port: int
     peer_port: int
     inode: int
@@ -66,7 +67,7 @@ def _dumped(sock: socket.socket) -> Iterator[Connection]:
                 raise OSError(code, os.strerror(code))
             local, peer, _, _ = _ID.unpack_from(body, 4)
             (inode,) = struct.unpack_from("=I", body, _MESSAGE_BYTES - 4)
-            yield Connection(body[0], local, peer, inode, body[4:52])
+            yield Connection(body[0], body[1], local, peer, inode, body[4:52])
             at += (length + 3) & ~3
 
 
@@ -95,6 +96,14 @@ def break_stream(pid: int, port: int) -> int:
                     raise
             broken += 1
     return broken
+
+
+def is_open(port: int) -> bool:
+    """Whether a connection to this port of ours stands whole: neither end has closed it, or ours has not heard of it.
+
+    Raises: OSError.
+    """
+    return any(c.local_port == port and c.state == ESTABLISHED for c in connections())
 
 
 def _sockets(pids: Iterable[int]) -> Iterator[int]:

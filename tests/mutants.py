@@ -467,6 +467,11 @@ MUTANTS = [
         "gate.py::test_a_stream_that_ended_while_the_primary_lives_leaves_no_whole_copy",
     ),
     Mutant(
+        "a load that failed under a silent primary counts as its death", "mcft/gate/standby.py",
+        "if self._following and not self._exited and self._stream_is_open():", "if False:",
+        "gate.py::test_a_stream_that_ended_here_leaves_no_whole_copy_though_the_primary_is_silent",
+    ),
+    Mutant(
         "a copy whose primary has just died counts as not whole", "mcft/gate/standby.py",
         "now_ms - self._exit_ms > state.loss_ms", "now_ms >= self._exit_ms",
         "gate.py::test_a_stream_that_ended_with_its_primary_leaves_a_whole_copy",

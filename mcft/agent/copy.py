@@ -225,7 +225,7 @@ class Copy(Life):
         if self.body.engine == "mc" and self.body.mc.transport == "unix":
             self.body.stream_path = os.path.join(self.site.config.run_dir, f"stream-{self.body.uuid}.sock")
         await self.engine.listen(self.qmp, self._here(self.body.mig_port))
-        if self.body.engine == "mc" and self.body.mc.transport == "tcp":
+        if self.body.engine != "mc" or self.body.mc.transport == "tcp":
             await self.gate.ask("update", stream_port=self.body.mig_port)
 
 

@@ -21,7 +21,7 @@ from mcft.agent.standby import Standby
 from mcft.config import ARBITERS
 from mcft.configvalues import rdma_device
 from mcft.diskreplica import Disk
-from mcft.errors import Failed, McftError, NotFound, Refused, TimedOut, Unreachable, Usage
+from mcft.errors import Failed, McftError, NotFound, Refused, Remains, TimedOut, Unreachable, Usage
 from mcft.generations import Kind, Ledger
 from mcft.libvirt_bridge import DomainInfo
 from mcft.units import DELAY_MAX_MS, DELAY_MIN_MS
@@ -95,11 +95,12 @@ class Core:
             await self.still_wanted(life)
 
     async def still_wanted(self, life: Standby) -> None:
-        """An unarmed copy whose primary no longer knows this instance is discarded."""
+        """An unarmed copy whose primary no longer knows this instance, or went on without it, is discarded."""
         while self.lives.get(life.body.uuid) is life and life.ledger.newest is Kind.PREPARING:
             try:
                 known = await self.site.ask(life.body.peer, "state", self.about(life), model.Records, 3.0)
-                if known.pid != life.body.pid or known.state in ("", "unprotected"):
+                over = model.peer_ledger(known).newest in (Kind.SOLO, Kind.ENDED)
+                if known.pid != life.body.pid or known.state in ("", "unprotected") or over:
                     await life.discard()
                     self.gone(life)
                     return
@@ -258,7 +259,9 @@ class Core:
         domain = await self.site.host.info(request.domain)
         theirs = await self.site.ask(peer, "records", model.About(domain.uuid, domain=domain.name), model.Records, 5.0)
         previous = self.lives.get(domain.uuid)
-        if previous is not None and not await previous.at_rest(AT_REST_WITHIN_S):
+        at_rest = previous is None or await previous.at_rest(AT_REST_WITHIN_S)
+        previous = self.lives.get(domain.uuid)  # (an undo that had to be repeated puts back what was before it)
+        if previous is not None and not at_rest:
             raise Refused(
                 "not-settled", f"what came before is not over yet for {domain.name}: it is {previous.body.state}",
                 previous.body.reason, f"mcft events {domain.name}; then try again",
@@ -296,6 +299,10 @@ class Core:
         self.lives[body.uuid] = life
         try:
             await life.protect(job.step)
+        except Remains as error:
+            if life.ledger.newest in (None, Kind.PREPARING):
+                life.undo_until_done(error.reason)
+            raise
         except BaseException:
             if life.ledger.newest in (None, Kind.PREPARING):
                 self.gone(life)
@@ -345,6 +352,8 @@ class Core:
         running = self.jobs.running(life.body.domain)
         if verb == "unprotect" and running is not None and running.kind == "protect":
             await self.jobs.cancelled(running.id)
+            if (left := self.lives.get(life.body.uuid)) is not None and left.ledger.newest is Kind.PREPARING:
+                return self.jobs.start(verb, life.body.domain, self._once_undone(left), request.key)
             if not life.body.previous and life.body.uuid not in self.lives:
                 return self.jobs.start(verb, life.body.domain, _done("the protecting was cancelled and undone"), request.key)
             life = await self.once_back(life.body.uuid)
@@ -354,6 +363,20 @@ class Core:
             return await acts[verb](target, request, job)
 
         return self.jobs.start(verb, life.body.domain, work, request.key)
+
+    def _once_undone(self, life: Life) -> Callable[[JobHandle], Awaitable[str]]:
+        """The protecting was cancelled, and its undo is being repeated."""
+
+        async def work(job: JobHandle) -> str:
+            job.step("undo the protecting")
+            if not await life.at_rest(AT_REST_WITHIN_S):
+                raise TimedOut(
+                    "undo-incomplete", f"undoing the protecting of {life.body.domain} goes on", life.body.reason,
+                    f"mcft status {life.body.domain}; look at libvirtd on {self.site.config.name}",
+                )  # fmt: skip
+            return "the protecting was cancelled and undone"
+
+        return work
 
     async def maintenance(self, request: api.MaintenanceRequest) -> api.JobBody:
         """Empty this host of everything protected and keep it so, or end that."""

@@ -25,6 +25,7 @@ from mcft.failover import BUFFER_BROKEN
 from mcft.generations import UNDECIDED, Kind
 
 PULL_EVERY_S = 0.2
+ASK_WHY_S = 2.0  # how long a gate may take to say why its QEMU ended: the other side waits meanwhile
 DEAD_WITHIN_S = 5.0  # after SIGKILL
 DECIDED_WITHIN_S = 20.0
 
@@ -248,7 +249,15 @@ class Deciding(Setup):
             while True:
                 if claiming is None and (self.arbiter.pending or await self._should_claim()):
                     claiming = asyncio.create_task(self._claim(reason), name=f"claim {self.body.domain}")
-                pull = asyncio.create_task(self._pull(reason))
+                about = self.about(reason)
+                if claiming is None and not about.qemu_runs and self.ledger.newest in (Kind.ARMING, Kind.PROTECTED):
+                    # It ended while something else was being decided: "it is gone" would raise a guest that was shut down.
+                    said = await self._shutdown_reason()
+                    if said is not None and await self._was_intended(said):
+                        await self._ended("the guest was shut down")
+                        return
+                    await self.record(Kind.DIED, detail=reason)
+                pull = asyncio.create_task(self._pull(about))
                 await asyncio.wait({pull, claiming} if claiming else {pull}, return_when=asyncio.FIRST_COMPLETED)
                 if claiming is not None and claiming.done():
                     pull.cancel()
@@ -270,9 +279,20 @@ class Deciding(Setup):
             if claiming is not None:
                 claiming.cancel()
 
-    async def _pull(self, reason: str) -> tuple[model.Records | None, str]:
+    async def _shutdown_reason(self) -> str | None:
+        """The reason of the SHUTDOWN that the gate has read from this QEMU; None where there was none or nobody can tell."""
+        if not os.path.exists(self.gate.state_path):  # gone with a reboot
+            return None
         try:
-            known = await self.site.ask(self.body.peer, "give-up", self.about(reason), model.Records, 2.0)
+            await self.gate.adopt(ASK_WHY_S)
+            status = await self.gate.ask("status", ASK_WHY_S)
+        except Failed:
+            return None
+        return str(status.get("shutdown", "")) if status["own_qemu"] == "shutdown" else None
+
+    async def _pull(self, about: model.About) -> tuple[model.Records | None, str]:
+        try:
+            known = await self.site.ask(self.body.peer, "give-up", about, model.Records, 2.0)
             return known, f"{self.body.peer} says {known.state or 'nothing'}"
         except McftError as error:
             return None, str(error)

@@ -20,6 +20,8 @@ from mcft.engines.mc import Mc
 from mcft.errors import Failed, McftError, Refused, Unreachable
 from mcft.generations import UNDECIDED, Kind
 
+UNDO_AGAIN_S = 1.0
+
 
 class Primary(Deciding):
     """Leads. Also lives what comes after: solo, active (took over), stopped, lost."""
@@ -211,6 +213,25 @@ class Primary(Deciding):
         """Not given up before it is done: an undo that finds libvirt away is repeated (by `Core`)."""
         log.warning("%s: a set-up was cut off by the agent's end: undoing it", self.body.domain)
         self.event("undo", "the agent ended while it protected the domain; what it had done is undone", "warning")
+        await self._undo_set_up()
+
+    def undo_until_done(self, remains: str) -> None:
+        """A protecting failed before arming, and part of its undo too (libvirtd was away, say): the guest may stand meanwhile.
+        So it is undone again, each second, until nothing remains."""
+        self.to_state("failed", f"the protecting failed, and undoing it goes on: {remains}")
+
+        async def until_done() -> None:
+            while True:
+                await asyncio.sleep(UNDO_AGAIN_S)
+                try:
+                    await self._undo_set_up()
+                    return
+                except Exception as error:
+                    log.warning("%s: undoing again failed: %s", self.body.domain, error)
+
+        self.deciding = self.site.spawn(until_done(), f"undo the protecting of {self.body.domain}")
+
+    async def _undo_set_up(self) -> None:
         await self.site.runner.undo_all(self.steps(), self)
         await self.site.store.delete(self.body.uuid)
         if not self.body.previous:
@@ -220,7 +241,7 @@ class Primary(Deciding):
 
     async def _adopt_armed(self, newest: Kind) -> None:
         if not self.qemu_alive():
-            if newest in (Kind.ARMING, Kind.PROTECTED):
+            if self.arbiter.pending and newest in (Kind.ARMING, Kind.PROTECTED):  # (else `_resolve` asks first how it ended)
                 await self.record(Kind.DIED, detail="found dead at the agent's start")
             self.to_state("muted", "this host or its QEMU was lost; asking who went on")
             self.decide(lambda: self._resolve("found dead at the agent's start"), "resolve")

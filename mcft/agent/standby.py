@@ -218,11 +218,11 @@ class Standby(Copy):
         return False
 
     async def _undecidable(self, reason: str, why: str) -> None:
-        """Only an operator gets out of it. Said once."""
+        """Only an operator gets out of it: `failed`, which says what to type. Said once; the copy stays, for that word."""
         said = f"{reason}; the arbiter ({self.body.arbiter}) can't tell who goes on: {why}"
         if self.body.reason != said:
             self.event("alarm", f"{self.body.domain} can't be taken over here: {said}", "alarm")
-            self.to_state("taking-over", said)
+            self.to_state("failed", said)
             await self.save()
 
     async def _lost(self, reason: str) -> None:
@@ -263,7 +263,7 @@ class Standby(Copy):
                 self.body.overlays_g = 0
                 self.event("alarm", f"{self.body.domain} can't be taken over here: {error}", "alarm")
                 return
-        if self._broken and self.body.arbiter != "standby":
+        if self._broken:
             await self._give_back(f"this copy is not whole: {self._broken}")
             return
         if not self.qemu_alive():

@@ -20,6 +20,11 @@ def next_step(body: Body, host: str, running: bool = True, in_maintenance: str =
         return f"on {in_maintenance}: mcft maintenance off (then it is protected again by itself)"
     if body.state == "muted" and body.role == "primary" and not running:
         return f"bring {peer} back, then: mcft start {vm}"
+    if body.state == "failed" and body.role == "standby":
+        if body.arbiter_trouble:
+            off = f"if {peer} is certainly off: mcft failover {vm} --force --peer-is-off"
+            return f"{off}; or switch this host off, and on {peer}: mcft solo {vm} --peer-is-off"
+        return f"mcft events {vm}; it goes on on {peer}: mcft --host {peer} status {vm}"
     again = "not by itself" if body.manual else f"by itself once {peer} answers for long enough"
     started = f"then mcft protect {vm} --to {peer}" if body.manual else "it is protected again by itself"
     return {

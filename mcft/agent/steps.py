@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from mcft.errors import Failed, McftError
+from mcft.errors import Failed, McftError, Remains
 
 log = logging.getLogger(__name__)
 C = TypeVar("C")
@@ -55,7 +55,7 @@ class Runner:
 
         If one raises (or the caller is cancelled), it and those before it are undone, newest first,
         undisturbed by further cancellation. Then the same error is raised; or, if an undo failed too,
-        Failed(code of that error) whose reason ends with what remains.
+        Remains(code of that error) whose reason ends with what remains.
         """
         for position, step in enumerate(steps):
             if on_step:
@@ -81,11 +81,11 @@ class Runner:
         """Run the undos backwards: all of them, or those of the steps named in `done`.
 
         Once begun it is carried through, also if the caller is cancelled. A failing undo stops none of the
-        others. Raises Failed("undo-incomplete") with what remains.
+        others. Raises Remains("undo-incomplete") with what remains.
         """
         chosen = [step for step in steps if done is None or step.name in done]
         if remains := await _undisturbed(_undo(chosen, context, on_step)):
-            raise Failed("undo-incomplete", "not everything could be undone", _remains(remains), _SEE_LOG)
+            raise Remains("undo-incomplete", "not everything could be undone", _remains(remains), _SEE_LOG)
 
 
 _SEE_LOG = "look at the agent's log, and repeat the command: what is undone already is passed over"
@@ -128,12 +128,12 @@ async def _undisturbed(work: Coroutine[Any, Any, list[str]]) -> list[str]:
             log.info("cancelled while undoing: going on")
 
 
-def _with_remains(error: BaseException, step: str, remains: Sequence[str]) -> Failed:
+def _with_remains(error: BaseException, step: str, remains: Sequence[str]) -> Remains:
     if isinstance(error, McftError):
         reason = "; ".join(part for part in (error.reason.rstrip("."), _remains(remains)) if part)
-        return Failed(error.code, error.message, reason, error.next_step or _SEE_LOG)
+        return Remains(error.code, error.message, reason, error.next_step or _SEE_LOG)
     code = "cancelled" if isinstance(error, asyncio.CancelledError) else "internal"
-    return Failed(code, f'step "{step}" ended by {_words(error)}', _remains(remains), _SEE_LOG)
+    return Remains(code, f'step "{step}" ended by {_words(error)}', _remains(remains), _SEE_LOG)
 
 
 def _remains(remains: Sequence[str]) -> str:

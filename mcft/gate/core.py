@@ -247,9 +247,12 @@ class Gate:
     def _event(self, event: Message, now_ms: float) -> None:
         name, data = event["event"], event.get("data") or {}
         self.event_lag_ms = time.time() * 1000 - stamp_ms(event)
-        if name == "SHUTDOWN" and self.shutdown_ms is None:  # the first tells why: libvirt then ends QEMU by a signal
+        if name == "SHUTDOWN" and self.shutdown_ms is None:
             self.shutdown_ms, self.shutdown_reason = now_ms, str(data.get("reason", ""))
             self.own_qemu = "shutdown"
+        elif name == "SHUTDOWN" and str(data.get("reason", "")).startswith("guest-"):
+            # The guest's own word counts before and after a signal's: libvirt ends QEMU by one, and `virsh destroy` may cross it.
+            self.shutdown_reason = str(data["reason"])
         elif name == "RESET" and self.shutdown_ms is not None and not self.own_ended:
             self.shutdown_ms, self.shutdown_reason, self.own_qemu = None, "", "running"
         self.side.on_event(event, now_ms)
@@ -384,6 +387,7 @@ class Gate:
         if self.silence.tick(now_ms):
             self.lan.forget()
             self.control.note("stalled", count=self.silence.stalls)
+        self._read_monitor()  # first: what our QEMU said is the cause of what the other side says by now
         for link in self.links:
             self._receive(link)
         if self.rdma:
@@ -521,7 +525,8 @@ class Gate:
         interval_ms = self.state.loss_ms / 6
         return {
             "pid": self.state.pid, "g": self.state.g, "role": self.state.role, "record": self.state.record,
-            "own_qemu": self.own_qemu, "disk_error": self.disk_error, "claiming": self.state.claiming,
+            "own_qemu": self.own_qemu, "shutdown": self.shutdown_reason,
+            "disk_error": self.disk_error, "claiming": self.state.claiming,
             "buffer_broken": self.buffer_broken, "closed": self.side.closed(), "stream_dead": self.side.stream_dead(),
             "stream_age_ms": self.side.stream_age_ms(now_ms), "event_lag_ms": self.event_lag_ms,
             "monitor": self.monitor.connected, "oob": self.monitor.oob, "stalls": self.silence.stalls,

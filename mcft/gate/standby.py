@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from mcft import sockbreak
 from mcft.blockgraph import uncommitted
 from mcft.engines import tcg
 from mcft.failover import Act, Verdict
@@ -23,6 +24,7 @@ ANNOUNCE = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
 TAKE_DEADLINE_MS = 10000.0
 EXIT_EVENT_MS = 1000.0
 STREAM_END_MS = 5000.0
+HALF_LOADED = "the checkpoint stream ended {how}: the last checkpoint may be half loaded"
 WAKE_AFTER_MS = 100.0  # behind the delay: a checkpoint's own pause is shorter on a link that is fit for it
 RETIRE_POLL_MS = 10.0
 
@@ -51,13 +53,14 @@ class Standby:
         self._armed_echo_ms = float("-inf")  # when the newest keepalive that we answered with `armed` had arrived
         self._no_echo_until_ms = float("-inf")
         self._exit_ms = 0.0
-        self._took = self._flushed = self._exited = self._waking = False
+        self._took = self._flushed = self._exited = self._waking = self._was_blind = False
         self._timing: dict[str, float] = {}
 
     def started(self) -> None:
         """A restarted gate does not know what its dead predecessor echoed last: T after now, it has expired."""
         if self.gate.state.serial:
             self._no_echo_until_ms = boottime_ms() + self.gate.state.loss_ms
+            self._was_blind = self.gate.state.record == "armed"  # (`taken`: a predecessor's own yank may have ended the stream)
         self.gate.state.serial += 1
         self.gate.persist()
 
@@ -83,6 +86,8 @@ class Standby:
         elif name == "RESUME" and self._flushed and "resume" not in self._timing:
             self._timing["resume"] = now_ms
         elif name == "COLO_EXIT":
+            if self._following and not self._exited and self._stream_is_open():
+                self._not_whole(HALF_LOADED.format(how="here, though the primary's end of it is open"))
             self._exited, self._exit_ms = True, self._exit_ms or now_ms
             self._dead = self._dead or f"COLO_EXIT ({data.get('reason')})"
         elif name == "MIGRATION" and data.get("status") in ("failed", "cancelled"):
@@ -99,7 +104,18 @@ class Standby:
         lives = word.g == state.g and word.qemu == "running"
         follows = state.record == "armed" and not state.claiming and not self.gate.disk_error
         if follows and lives and self._exit_ms and now_ms - self._exit_ms > state.loss_ms:
-            self._not_whole("the checkpoint stream ended while the primary lives: the last checkpoint may be half loaded")
+            self._not_whole(HALF_LOADED.format(how="while the primary lives"))
+
+    def _stream_is_open(self) -> bool:
+        """Whether the primary's end of the stream stands, as our kernel knows it: then what ended it was an error of ours.
+
+        QEMU (migration/colo.c) says COLO_EXIT and keeps its socket until a failover or a yank; a primary that dies has closed
+        its end before, and one whose host lost its power causes no COLO_EXIT. Where the kernel can't tell, `on_heard` is left.
+        """
+        try:
+            return bool(self.gate.state.stream_port) and sockbreak.is_open(self.gate.state.stream_port)
+        except OSError:
+            return False
 
     def _not_whole(self, reason: str) -> None:
         self.gate.saw_disk_error(reason)
@@ -198,6 +214,11 @@ class Standby:
         # before its end would run the guest while QEMU writes another memory under it. COLO_EXIT comes after the last load.
         yield Commands([("yank", {"instances": [{"type": "migration"}]})], oob=True)
         ended = yield self.gate.wait(self._stream_over, EXIT_EVENT_MS)
+        if not ended and self._was_blind and (yield from self._exited_unseen()):
+            self._not_whole(HALF_LOADED.format(how="inside a checkpoint while nobody looked"))
+        if self.gate.disk_error:
+            answer(Denied(f"this copy is not whole: {self.gate.disk_error}"))
+            return
         self._following, self._took = self._following and not ended, True
         replies: list[Message] = []
         for command in ("nbd-server-stop", "stop", "x-colo-lost-heartbeat"):
@@ -264,6 +285,11 @@ class Standby:
                 return True
             yield self.gate.wait(self._stream_over, 5.0)
         return False
+
+    def _exited_unseen(self) -> Task:
+        """QEMU left the stream before our yank, and inside a checkpoint: that one was cut off, or failed; nobody can tell."""
+        (reply,) = yield Commands([("query-status", {})])
+        return reply.get("return", {}).get("status") == "colo"
 
     def _stream_over(self) -> bool:
         return self._exited or self.gate.own_qemu != "running"

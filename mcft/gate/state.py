@@ -35,7 +35,7 @@ class GateState(msgspec.Struct):
     yank: instances for QEMU's `yank`. silenced: interfaces that `speak` sets up and frees of mcft's drop filter.
     limit_bytes: what the buffer holds per NIC at most; 0: as the buffer itself thinks fit.
     tcg: the guest runs without KVM (`engines/tcg.py`). monitor: empty where the agent carries commands and events (`relay.py`).
-    stream_port: of the checkpoint stream on the standby's host, by which its socket is known; 0: it has none.
+    stream_port: of the checkpoint stream on the standby's host, by which its socket is known; 0: not known.
     """
 
     uuid: str

@@ -123,6 +123,25 @@ def test_the_standbys_disk(kind: str, load: Load) -> None:
         protect(H1)
 
 
+def test_the_standbys_disk_inside_a_load_while_the_primary_is_silent() -> None:
+    """The primary's gate stands still, so no keepalive tells this error of the copy from the primary's death; the kernel does.
+
+    Fails if a copy takes over whose last checkpoint was half loaded (`Standby._stream_is_open` always False).
+    """
+    with storage(H2, "broken") as disk:
+        lab("vm", "start", "h1")
+        protect(H1)
+        gate = H1.main_pid(f"mcft-gate@{H1.status()['uuid']}.service")
+        try:
+            disk.fail()
+            H1.sh(f"kill -STOP {gate}")
+            reason = H2.await_state("failed", "active", "taking-over")["reason"]
+            assert "the primary's end of it is open" in reason, reason
+        finally:
+            H1.sh(f"kill -CONT {gate}")
+        H1.await_state("solo")
+
+
 @pytest.mark.parametrize("kind", ["full", "broken"])
 def test_the_primarys_disk(kind: str) -> None:
     """A write that the primary's disk lost is on the standby's: that one goes on, and the guest never hears of it.

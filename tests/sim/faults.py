@@ -59,7 +59,38 @@ def plan(seed: int, rounds: int = 3) -> list[list[Fault]]:
             faults.append(Fault(round(at, 2), kind, rng.randrange(2), round(_long(rng), 2), rng.randrange(4)))
             at += rng.choice([rng.uniform(0, 5), rng.uniform(0, 60), rng.uniform(0, 500), rng.uniform(0, 3000)])
         made.append(faults)
+    rng = random.Random(seed ^ 0xFA417)  # of its own: the other worlds stay what they are
+    if rng.random() < 0.2:
+        made[0] = rng.choice(STORIES)(rng)
     return made
+
+
+# What chance alone meets too seldom: faults that mean something only one after the other.
+
+
+def _old_words(rng: random.Random) -> list[Fault]:
+    """Every call between the agents comes twice, the second when the instance that it speaks of is over."""
+    shut = rng.uniform(50, 500)
+    start = shut + rng.uniform(300, 1500)
+    faults = [Fault(0.0, "calls come twice", 0, 20_000.0), Fault(shut, "the guest shuts down", 0), Fault(start, "mcft start", 0)]
+    return [*faults, Fault(start + 9000.0, rng.choice(["kill the agent", "lose datagrams"]), rng.randrange(2), 30.0)]
+
+
+def _arming_fails(rng: random.Random) -> list[Fault]:
+    """Behind `arming(g)`, before `protected(g)`: nothing may be undone freely any more."""
+    begun = rng.uniform(100, 1500)
+    faults = [Fault(0.0, "mcft unprotect", 0), Fault(0.0, "at arming", 0, 0.0, rng.randrange(4))]
+    return [*faults, *(Fault(begun + n * 1000.0, "mcft protect", 0, 0.0, 3) for n in range(5))]
+
+
+def _a_write_is_lost(rng: random.Random) -> list[Fault]:
+    """The standby's disk fails too shortly for a load to meet it; some checkpoints later its memory of it is asked for."""
+    at = rng.uniform(20, 200)
+    faults = [Fault(at, "disk fails", 1, rng.uniform(8, 60))]
+    return [*faults, Fault(at + rng.uniform(60, 600), rng.choice(["kill QEMU", "power", "cut both links"]), 0, 3000.0)]
+
+
+STORIES = (_old_words, _arming_fails, _a_write_is_lost)
 
 
 def apply(world: World, fault: Fault) -> None:
@@ -326,6 +357,24 @@ def _at_record(world: World, host: Host, fault: Fault) -> None:
     _at(world, "record", then)
 
 
+def _at_arming(world: World, host: Host, fault: Fault) -> None:
+    """`arming(g)` is on the disk: before ARM gets there the standby's QEMU, gate or agent is away."""
+
+    def then(writer: Host) -> None:
+        if writer.machine.records["record"][-1].kind != "arming":
+            _at(world, "record", then)
+            return
+        act = [_qemu, _stop_gate, _agent, _stop_gate][fault.more]
+        _later(world, world.rng.random() * 2.0, lambda: act(world, writer.other, Fault(0.0, "", 0, 5000.0)))
+
+    _at(world, "record", then)
+
+
+def _twice(world: World, host: Host, fault: Fault) -> None:
+    before, world.double_calls = world.double_calls, 1.0
+    world.at(fault.ms, world.outside, lambda: setattr(world, "double_calls", before))
+
+
 def _before_release(world: World, host: Host, fault: Fault) -> None:
     """The standby has the checkpoint; the primary's gate, or its host, stands still before it hears of it, or just after."""
 
@@ -402,4 +451,5 @@ _HOW: dict[str, Callable[[World, Host, Fault], None]] = {
     "while the overlays are committed": _in_commit, "mcft start --accept-lost-data": _accept,
     "arbiter away": _arbiter_away, "arbiter slow": _arbiter_slow,
     "arbiter wiped": _arbiter_wiped, "arbiter rolled back": _arbiter_back,
+    "calls come twice": _twice, "at arming": _at_arming,
 }  # fmt: skip

@@ -45,7 +45,7 @@ class Oracle:
             raise Violation(
                 "output commit", f"{host.name} let {moment} out; the newest whole checkpoint of its standby is {copy.ram}"
             )
-        if mode == "pass" and copy is not None:
+        if mode != "hold" and copy is not None:
             self._opened(host)
         last = self.last
         if last is not None and not (history.holds(moment, last) and moment.n > last.n):
@@ -55,9 +55,9 @@ class Oracle:
             self.packets += 1
 
     def _opened(self, host: Host) -> None:
-        """A buffer that was opened after arming: only given-up or a won generation allows it, and that must be durable."""
+        """A buffer that was opened, or taken away, after arming: only given-up or a won generation allows it, durable."""
         rows = host.machine.records["record"]
-        pid = rows[-1].pid
+        pid = rows[-1].pid if rows else ""
         kinds = [r.kind for r in rows if r.pid == pid]
         armed = Kind.ARMING.value in kinds
         if armed and not (Kind.SPOKEN.value in kinds or Kind.ENDED.value in kinds):

@@ -24,6 +24,8 @@ class Connection:
         self._queues: list[deque[Callable[[], None]]] = [deque(), deque()]
         self._last = [0.0, 0.0]
         self._ended: list[Callable[[], None] | None] = [None, None]
+        self._fin: list[Callable[[], None] | None] = [None, None]  # the end, on its way to that side
+        self._closed = [False, False]  # that side has closed it, or heard that the other has
 
     def _cut(self) -> bool:
         up = self.world.links[self.number].up
@@ -53,6 +55,8 @@ class Connection:
             return
         receiver = self.ends[1 - side]
         call = queue.popleft()
+        if call is self._fin[1 - side]:
+            self._closed[1 - side] = True  # its kernel knows it, whatever its process does
         if receiver.proc.alive and not receiver.proc.halted:
             call()
         elif receiver.proc.alive:
@@ -65,13 +69,19 @@ class Connection:
         self.open = False
         side = self.ends.index(by)
         told = self._ended[1 - side]
+        self._closed[side] = True
         if lost:
             self._queues[side].clear()
             if told is not None:
                 self._resets_once_back(by, self.ends[1 - side], told)
             return
         if told is not None:
+            self._fin[1 - side] = told
             self.send(by, told)
+
+    def established(self, end: Qemu) -> bool:
+        """As the kernel of that end knows it."""
+        return not self._closed[self.ends.index(end)]
 
     def _resets_once_back(self, lost: Qemu, other: Qemu, told: Callable[[], None]) -> None:
         """A host that boots knows nothing of the connection, and says so to whoever still sends on it."""
@@ -418,9 +428,9 @@ class Qemu:
     def _load_disks(self, stream: Connection) -> None:
         machine = self.host.machine
         if machine.disk_fails:
+            # (colo_process_incoming_thread: it waits for a failover, and keeps its socket until then.)
             self.loading = False
             self._colo_exit("error")
-            stream.close(self)
             return
         for which in (0, 1):
             overlay = self._overlay(which)

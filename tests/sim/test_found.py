@@ -6,6 +6,7 @@ import pytest
 
 from tests.sim import play
 from tests.sim.faults import Fault
+from tests.sim.oracle import state_of
 from tests.sim.run import one
 
 
@@ -70,6 +71,68 @@ def test_a_verdict_just_before_arming_is_not_forgotten() -> None:
         [Fault(157.0, "mcft protect", 0, 931.5, 1), Fault(593.0, "disk fails", 0, 8000.0, 3)],
         seeds=range(120, 124),
     )
+
+
+def test_a_load_that_failed_under_a_silent_primary_leaves_no_whole_copy() -> None:
+    """The standby's disk failed inside a load while the primary's gate stood still: with no keepalive, the end of the stream was
+    taken for the primary's death, and a half loaded copy took over.
+
+    Fails if `Standby._stream_is_open` is always False.
+    """
+    holds([Fault(100.0, "stop the gate", 0, 3000.0), Fault(110.0, "disk fails", 1, 300.0)], seeds=range(4, 7))
+
+
+def test_a_guest_that_shut_itself_down_is_not_raised() -> None:
+    """Its gate stood still meanwhile, and was told by the standby that it claims; the agent then said that QEMU is gone, and no
+    word of the shutdown. And `virsh destroy` that crosses a guest's shutdown: the signal's reason came first, and was kept.
+
+    Fails if `_resolve` does not ask the gate why QEMU ended and `Gate._turn` does not read its monitor first; if `Gate._event`
+    keeps the first reason.
+    """
+    holds([Fault(100.0, "stop the gate", 0, 400.0), Fault(130.0, "the guest shuts down", 0)], seeds=range(5, 9, 3))
+    holds([Fault(100.0, "virsh destroy", 0), Fault(101.0, "the guest shuts down", 0)], seeds=range(1, 3))
+
+
+def test_a_protect_that_failed_while_libvirtd_was_away_is_undone_all_the_same() -> None:
+    """Its undo failed too, and nobody tried again: the guest stood for ever in the switch-over, or its disks kept mcft's nodes.
+
+    Fails if `Core.protect_now` does not call `undo_until_done`.
+    """
+    for seed in (3, 13, 27):
+        holds([Fault(522.9, "libvirtd away", 0, 410.0)], seeds=range(seed, seed + 1))
+
+
+def test_a_copy_that_was_never_armed_goes_once_its_primary_went_on_without_it() -> None:
+    """Arming failed because the standby's gate stood still, and etcd decided for the primary: the copy stood there for ever, and
+    every later protect was refused.
+
+    Fails if `Core.still_wanted` looks at the instance alone.
+    """
+    holds(
+        [Fault(74.7, "cut a link", 0, 8000.0, 2), Fault(405.6, "cut a link", 1, 49.0)],
+        [Fault(110.4, "stop the gate", 1, 8000.0, 2), Fault(2216.2, "arbiter slow", 0, 8000.0)],
+        seeds=range(20542, 20543),
+    )
+
+
+def test_a_standby_whose_etcd_went_back_says_what_to_type() -> None:
+    """etcd was rolled back, then the primary's host lost: nobody can tell who goes on. `taking-over` for ever told nobody.
+
+    Fails if `Standby._undecidable` leaves it in `taking-over`.
+    """
+    seed = next(seed for seed in range(3) if play.KINDS[seed] == "etcd")
+    world = play.make(seed)
+    world.run(2500.0)
+    play.protect(world.hosts[0])
+    play.until_protected(world)
+    world.run(world.now + 12_000.0)  # what was seen of etcd is durable within 10 s
+    world.etcd.roll_back()
+    world.run(world.now + 5000.0)
+    world.hosts[0].machine.power_off()
+    world.run(world.now + 5000.0)
+    state = state_of(world.hosts[1])
+    play.over(world)
+    assert state == "failed"
 
 
 @pytest.mark.parametrize("kind", ["kill the gate", "kill the agent", "kill QEMU", "power", "freeze the host", "cut a link"])

@@ -171,7 +171,17 @@ def install() -> None:
     put("save", gates.save_state, gate.core, gate.state)
     put("load", gates.load_state, gate.state)
     put("_forget_file", _forget_file, gate.standby)
+    put("sockbreak", SimSockbreak, gate.standby)
     mcft.gate.core.Gate._send_fds = gates.send_fds  # type: ignore[method-assign, assignment]
+
+
+class SimSockbreak:
+    """`sockbreak`: what the kernel knows of TCP connections."""
+
+    @staticmethod
+    def is_open(port: int) -> bool:
+        streams = ((q, q.stream) for q in here.host.machine.qemus() if q.listening == port)
+        return any(stream is not None and stream.established(q) for q, stream in streams)
 
 
 def _forget_file(path: str) -> None:

@@ -8,8 +8,13 @@ from typing import Any
 
 import pytest
 
+from mcft.agent import model, protection
+from mcft.agent.core import Core
 from mcft.agent.decisions import Deciding
+from mcft.agent.protection import Primary
+from mcft.errors import Failed
 from mcft.failover import BUFFER_BROKEN
+from mcft.generations import Kind, Ledger, Side
 
 
 class Decided(Deciding):
@@ -43,3 +48,160 @@ def test_any_other_broken_stream_is_protected_again_by_itself() -> None:
     life = Decided()
     asyncio.run(life._after({"act": "break", "reason": "the stream is dead: COLO_EXIT"}))
     assert life.body.manual == "" and life.body.quick_return and [kind for kind, _, _ in life.said] == ["verdict"]
+
+
+class Dying(Decided):
+    """Its QEMU lives for some looks more."""
+
+    def __init__(self, looks: int) -> None:
+        super().__init__()
+        self.looks, self.asked = looks, []
+        self.gate: Any = SimpleNamespace(insist=self._insist)
+
+    asked: list[str]
+
+    async def _insist(self, do: str, **_: Any) -> None:
+        self.asked.append(do)
+
+    async def record(self, kind: Kind, g: int | None = None, detail: str = "") -> None:
+        self.asked.append(kind.value)
+
+    def qemu_alive(self) -> bool:
+        self.looks -= 1
+        return self.looks > 0
+
+    async def _resolve(self, reason: str) -> None:
+        self.asked.append(f"asks the standby, {'alive' if self.looks > 0 else 'dead'}")
+
+
+def test_a_primary_that_killed_its_hung_qemu_waits_for_its_death_before_it_asks_the_standby() -> None:
+    """Asked a few ms too early, the standby would hear that the primary's QEMU runs, and give up: nobody would have the guest.
+
+    Fails if `Deciding._after` does not wait for `_until_dead`.
+    """
+    life = Dying(4)
+    asyncio.run(life._after({"act": "hung", "reason": "no answer of QEMU's monitor"}))
+    assert life.asked == ["died", "kill", "asks the standby, dead"]
+
+
+class Resolving(Deciding):
+    """A primary whose QEMU is gone, and a gate that says why; the standby gives up, or takes over, as it is told."""
+
+    def __init__(self, status: dict[str, Any], tmp: Any) -> None:
+        self.body: Any = SimpleNamespace(domain="vm1", uuid="u", peer="host2", pid="p", g=3, state="protected", engine="colo")
+        self.ledger = Ledger("p", "primary", 3)
+        for kind in (Kind.PREPARING, Kind.ARMING, Kind.PROTECTED):
+            self.ledger.append(kind)
+        (tmp / "state").write_text("")
+        self.status, self.asked, self._stopped, self.stopped_detail = status, [], asyncio.Event(), 0
+        self.gate: Any = SimpleNamespace(state_path=str(tmp / "state"), adopt=self._nothing, ask=self._status)
+        self.arbiter: Any = SimpleNamespace(pending=False, may_claim=lambda: "standby: the primary never claims")
+        self.site: Any = SimpleNamespace(ask=self._ask)
+
+    asked: list[str]
+
+    def qemu_alive(self) -> bool:
+        return False
+
+    async def _nothing(self, _timeout_s: float) -> None: ...
+
+    async def _status(self, _do: str, _timeout_s: float) -> dict[str, Any]:
+        return self.status
+
+    async def record(self, kind: Kind, g: int | None = None, detail: str = "") -> None:
+        self.ledger.append(kind)
+
+    async def _ask(self, _peer: str, verb: str, about: model.About, _reply: Any, _timeout_s: float) -> model.Records:
+        self.asked.append(f"{verb}, {'runs' if about.qemu_runs else 'gone'}")
+        return model.Records("host2", "u", 3, "p", 3, "standby", "", [("standby", 3, "armed"), ("standby", 3, "taken")])
+
+    async def _lose(self, known: model.Records | None) -> None:
+        self.asked.append("lost")
+
+    async def _ended(self, why: str) -> None:
+        self.asked.append(f"ended: {why}")
+
+
+@pytest.mark.parametrize(("own", "reason", "asked"), [
+    ("shutdown", "guest-shutdown", ["ended: the guest was shut down"]),
+    ("shutdown", "host-signal", ["give-up, gone", "lost"]),
+    ("gone", "", ["give-up, gone", "lost"]),
+])  # fmt: skip
+def test_a_qemu_that_ended_while_something_else_was_decided_is_asked_why(
+    own: str, reason: str, asked: list[str], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guest shut itself down while its gate stood still: the verdict is "the standby claims", and the end is intended.
+
+    Fails if `_resolve` does not look (seed 20162: the standby raised a machine that its user had shut down).
+    """
+    life = Resolving({"own_qemu": own, "shutdown": reason}, tmp_path)
+    life._stopped.set()  # libvirt's word came, and was not `destroyed`
+    asyncio.run(life._resolve("the standby claims the generation"))
+    assert life.asked == asked
+    assert life.ledger.newest is (Kind.PROTECTED if reason.startswith("guest-") else Kind.DIED)
+
+
+@pytest.mark.parametrize(("kinds", "discarded"), [
+    ((Kind.PREPARING, Kind.ARMING), False), ((Kind.PREPARING, Kind.ARMING, Kind.SOLO), True), ((Kind.PREPARING, Kind.ENDED), True)
+])  # fmt: skip
+def test_an_unarmed_copy_whose_primary_went_on_without_it_is_discarded(kinds: tuple[Kind, ...], discarded: bool) -> None:
+    """Arming failed while the standby's gate stood still, and the arbiter decided for the primary: nobody asked the copy.
+
+    Fails if `still_wanted` looks at the instance alone (seed 20542: a paused copy blocked every later protect).
+    """
+
+    async def main() -> list[str]:
+        done: list[str] = []
+
+        async def discard() -> None:
+            done.append("discarded")
+
+        async def ask(*_: Any) -> model.Records:
+            if len(done) == 2:
+                life.ledger.append(Kind.ARMED)  # the end of this test's patience
+            done.append("asked")
+            rows: list[tuple[Side, int, str]] = [("primary", 3, kind.value) for kind in kinds]
+            return model.Records("host1", "u", 3, "p", 3, "primary", "solo", rows)
+
+        body = SimpleNamespace(uuid="u", pid="p", g=3, domain="vm1", peer="host1")
+        life: Any = SimpleNamespace(body=body, ledger=Ledger("p", "standby", 3), discard=discard)
+        life.ledger.append(Kind.PREPARING)
+        core: Any = SimpleNamespace(lives={"u": life}, site=SimpleNamespace(ask=ask), about=lambda _life: None)
+        core.gone = lambda _life: done.append("gone")
+        await Core.still_wanted(core, life)
+        return done
+
+    assert asyncio.run(main()) == (["asked", "discarded", "gone"] if discarded else ["asked"] * 3)
+
+
+class Undoing(Primary):
+    """An undo that finds libvirtd away twice."""
+
+    def __init__(self) -> None:
+        self.body: Any = SimpleNamespace(domain="vm1")
+        self.states: list[str] = []
+        self.tries = 0
+        self.site: Any = SimpleNamespace(spawn=lambda work, _name: asyncio.create_task(work))
+
+    def to_state(self, state: Any, reason: str = "") -> None:
+        self.states.append(f"{state}: {reason}")
+
+    async def _undo_set_up(self) -> None:
+        self.tries += 1
+        if self.tries < 3:
+            raise Failed("libvirt", "the daemon is away")
+
+
+def test_an_undo_that_found_libvirtd_away_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if it is given up: the guest stood for ever, or kept mcft's nodes (seeds 21187 and 20821)."""
+    monkeypatch.setattr(protection, "UNDO_AGAIN_S", 0.001)
+
+    async def main() -> Undoing:
+        life = Undoing()
+        life.undo_until_done("what remains: put quorum over the disks")
+        assert life.deciding is not None
+        await asyncio.wait_for(life.deciding, 5.0)
+        return life
+
+    life = asyncio.run(main())
+    assert life.tries == 3 and "what remains" in life.states[0]

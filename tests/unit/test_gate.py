@@ -7,6 +7,9 @@ still release by must be over before the standby may act.
 from __future__ import annotations
 
 import itertools
+import os
+import signal
+import socket
 import struct
 import time
 from collections.abc import Iterator
@@ -114,6 +117,41 @@ def test_claiming_standby_breaks_the_stream(primary: GateLab) -> None:
     assert all("exec-oob" in c for c in primary.qmp.sent("yank"))
     until(lambda: primary.peer.last.closed)
     assert primary.saved().mode == "closed"
+
+
+@pytest.mark.parametrize("reasons", [("host-signal", "guest-shutdown"), ("guest-shutdown", "host-signal")])
+def test_the_guests_own_word_counts_among_several(primary: GateLab, reasons: tuple[str, str]) -> None:
+    """libvirt ends QEMU by a signal behind a guest's shutdown, and `virsh destroy` may cross one.
+
+    Fails if the first reason alone is kept (a guest that was shut down was taken over).
+    """
+    agent = protected(primary)
+    for reason in reasons:
+        primary.qmp.event("SHUTDOWN", guest=reason.startswith("guest"), reason=reason)
+    agent.status_when(lambda s: s["own_qemu"] == "shutdown")
+    primary.qemu.kill()
+    note = agent.note("verdict")
+    assert (note["act"], note["shutdown"]) == ("ended", "guest-shutdown")
+    assert agent.ask("status")["shutdown"] == "guest-shutdown"
+
+
+def test_a_gate_that_stood_still_believes_its_own_qemu_first(primary: GateLab) -> None:
+    """The guest shut itself down meanwhile, and the standby claims because of the silence.
+
+    Fails if what the other side says is decided upon before QEMU's own words are read.
+    """
+    agent = protected(primary)
+    assert primary.gate is not None
+    os.kill(primary.gate.pid, signal.SIGSTOP)
+    primary.qmp.event("SHUTDOWN", guest=True, reason="guest-shutdown")
+    primary.qemu.kill()
+    primary.qemu.wait()
+    primary.peer.word = Word("standby", 3, "armed", "running", True, claiming=True)
+    said = primary.peer.session.counter
+    until(lambda: primary.peer.session.counter > said + 2)
+    os.kill(primary.gate.pid, signal.SIGCONT)
+    note = agent.note("verdict")
+    assert (note["act"], note["shutdown"]) == ("ended", "guest-shutdown")
 
 
 def test_dead_qemu_is_said_at_once(primary: GateLab) -> None:
@@ -496,6 +534,33 @@ def test_a_stream_that_ended_with_its_primary_leaves_a_whole_copy(standby: GateL
     assert not agent.ask("status")["disk_error"]
 
 
+@pytest.mark.parametrize("died", [False, True])
+def test_a_stream_that_ended_here_leaves_no_whole_copy_though_the_primary_is_silent(died: bool) -> None:
+    """No keepalive tells an error inside a load from the primary's death. The kernel does: who died has closed its end.
+
+    Fails if `Standby.on_event` does not look at the stream's socket (seeds 20761 and 20936: a half loaded copy took over), or if
+    a copy whose primary died does not claim.
+    """
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        socket.create_connection(listener.getsockname()) as primarys,
+        listener.accept()[0],
+        GateLab("standby", record="armed", mode="closed", buffer="none", stream_port=listener.getsockname()[1]) as lab,
+    ):
+        agent = lab.start()
+        until(lambda: lab.peer.last.record == "armed")
+        if died:
+            primarys.close()
+        lab.qmp.event("COLO_EXIT", reason="error")
+        if died:
+            lab.peer.word = Word("primary", 3, "protected", "gone", closed=True)
+            assert agent.note("verdict")["act"] == "claim" and not agent.ask("status")["disk_error"]
+        else:
+            assert "half loaded" in agent.note("not-whole")["reason"]
+            lab.peer.word = Word("primary", 3, "protected", "gone", closed=True)
+            assert "not whole" in agent.note("alarm")["reason"] and agent.ask("status")["verdict"] is None
+
+
 def test_taking_needs_taken(standby: GateLab) -> None:
     agent = standby.start()
     agent.ask("claim")
@@ -601,6 +666,23 @@ def test_a_missed_end_of_the_stream_is_asked_for(standby: GateLab) -> None:
     until(lambda: standby.qmp.sent("cont"))
     standby.qmp.event("RESUME", "running")
     assert agent.answer(ident)["running"] is True
+
+
+def test_a_stream_that_ended_inside_a_checkpoint_while_the_gate_was_dead_leaves_no_whole_copy(standby: GateLab) -> None:
+    """COLO_EXIT came while no gate looked, and QEMU still says `colo`: a load that failed looks just like that.
+
+    Fails if `Standby._take` resumes such a copy.
+    """
+    standby.qmp.status, standby.qmp.says_exit = "colo", False
+    standby.start()
+    until(lambda: standby.peer.last.record == "armed")
+    standby.kill_gate()
+    agent = standby.start()
+    agent.ask("claim")
+    agent.ask("update", record="taken")
+    with pytest.raises(RuntimeError, match="not whole"):
+        agent.answer(agent.post("take", peer_closed=True))
+    assert not standby.qmp.sent("cont") and agent.ask("status")["disk_error"]
 
 
 def test_restarted_standby_waits_t_after_its_start(standby: GateLab) -> None:

@@ -52,6 +52,16 @@ def test_states_that_need_somebody_say_what_to_type(state: str) -> None:
         assert step and "vm1" in step and ("mcft " in step or "virsh " in step)
 
 
+def test_a_copy_that_failed_is_not_told_to_protect() -> None:
+    """The two ways out of an arbiter that can't tell any more are the operator's word here or there.
+
+    Fails if a standby in `failed` is told what a primary would be (`mcft protect` is refused there).
+    """
+    undecidable = view(body("failed", "standby", arbiter_trouble="etcd went back to revision 3"), {}).next_step or ""
+    assert "mcft failover vm1 --force --peer-is-off" in undecidable and "mcft solo vm1 --peer-is-off" in undecidable
+    assert "mcft --host host2 status vm1" in (view(body("failed", "standby"), {}).next_step or "")
+
+
 def test_lost_names_this_host_for_the_way_back() -> None:
     assert "--to host1" in (view(body("lost"), {}).next_step or "")
 
