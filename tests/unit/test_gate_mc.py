@@ -173,6 +173,39 @@ def test_a_death_without_a_word_is_one(primary: McLab) -> None:
     assert agent.status_when(lambda s: s["verdict"])["verdict"]["act"] == "died"
 
 
+def test_a_destroyed_domain_is_none_although_its_shutdown_never_came(primary: McLab) -> None:
+    """`virsh destroy` of a QEMU that hangs ends with SIGKILL: libvirt's own word is all there is. Its order does not matter."""
+    agent = protected(primary)
+    primary.mc.end.post("last-words", destroyed=True)
+    primary.kill_qemu()
+    assert agent.status_when(lambda s: s["verdict"])["verdict"]["act"] == "ended"
+
+
+def test_libvirts_word_is_waited_for(primary: McLab) -> None:
+    """Recorded under libvirt 7.0 (64, 70, 71): SHUTDOWN and `destroyed` 1.6 s after the standby saw its stream end.
+
+    Fails if a death is believed before that: the standby would take over what its operator has destroyed.
+    """
+    agent = protected(primary)
+    primary.kill_qemu()
+    agent.note("qemu-ended")
+    time.sleep(0.8)
+    status = agent.ask("status")
+    assert status["own_qemu"] == "running" and status["verdict"] is None
+    primary.mc.event("SHUTDOWN")
+    primary.mc.end.post("last-words", destroyed=True)
+    assert agent.status_when(lambda s: s["verdict"])["verdict"]["act"] == "ended"
+
+
+def test_an_agent_that_leaves_meanwhile_has_no_word(primary: McLab) -> None:
+    agent = protected(primary)
+    primary.kill_qemu()
+    agent.note("qemu-ended")
+    for end in (agent, primary.mc.end):
+        end.sock.shutdown(socket.SHUT_RDWR)
+    assert primary.agent().status_when(lambda s: s["verdict"])["verdict"]["act"] == "died"
+
+
 def test_a_planned_switch_closes_behind_a_release(primary: McLab) -> None:
     agent = protected(primary)
     ident = agent.post("switch")
