@@ -119,7 +119,7 @@ def test_planned_switch() -> None:
 
 @pytest.mark.parametrize("way", ["virsh destroy", "guest"])
 def test_an_intended_end_is_no_take_over(way: str) -> None:
-    """Its operator's word, or the guest's own: the copy goes too. Fails if a QEMU's end counts before libvirt has told its reason."""
+    """Its operator's word, or the guest's own: the copy goes too. Fails if QEMU's end counts before libvirt has told why."""
     before = take_overs()
     follow()
     until(lambda: H2.status()["survives_host_loss"], 10, "the standby is whole")
