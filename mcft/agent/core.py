@@ -26,6 +26,7 @@ from mcft.generations import Kind, Ledger
 from mcft.libvirt_bridge import DomainInfo
 from mcft.units import DELAY_MAX_MS, DELAY_MIN_MS
 
+DESTROYED = 1  # VIR_DOMAIN_EVENT_STOPPED_DESTROYED
 TAKEN_WITHIN_S = 30.0
 AT_REST_WITHIN_S = 10.0  # how long a new protection waits for what came before it
 OWNER_STATES = ("solo", "active", "stopped", "unprotected")
@@ -507,7 +508,7 @@ class Core:
         if isinstance(life, Primary):
             life.lifecycle(event, detail)
         if life.body.engine == "mc" and event == "stopped":
-            life.gate.tell("last-words")
+            life.gate.tell("last-words", destroyed=detail == DESTROYED)
         if event in ("started", "stopped") and life.body.role == "primary" and life.body.state in OWNER_STATES:
             self.site.spawn(self.as_primary(life).look(), f"look at {life.body.domain}")
 

@@ -7,6 +7,7 @@ a standby which follows: its monitor is dead and a command would block libvirt a
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import TYPE_CHECKING, Any
 
 from mcft.errors import Failed, McftError
@@ -17,6 +18,7 @@ if TYPE_CHECKING:  # so that it can be tested without libvirt
     from mcft.agent.site import Life
 
 PATIENCE_S, PROBE_EVERY_S = 1.5, 1.0
+WORDS_S, WORDS_EVERY_S, WORDS_ANSWER_S = 3.0, 0.1, 0.5
 CALL_S = 95.0  # longer than QEMU's own 70 s in a dead stream
 
 
@@ -73,3 +75,15 @@ async def _ask(life: Life, execute: str, arguments: dict[str, Any]) -> dict[str,
         body["arguments"] = arguments
     reply: dict[str, Any] = await life.site.host.qmp(life.body.uuid, body, timeout_s=CALL_S)
     return reply
+
+
+async def last_words(life: Life) -> None:
+    """QEMU is dead. Why, comes with libvirt's event (`Core.lifecycle`): a destroyed domain's SHUTDOWN and `destroyed` come only
+    when libvirt has buried it. Waited for as long as libvirt answers; one that does not has no more to say.
+    """
+    deadline_s = time.monotonic() + WORDS_S
+    while time.monotonic() < deadline_s:
+        if not await life.site.host.answers(WORDS_ANSWER_S):
+            life.gate.tell("last-words")
+            return
+        await asyncio.sleep(WORDS_EVERY_S)

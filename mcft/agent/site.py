@@ -134,6 +134,8 @@ class Life:
     def _note(self, kind: str, fields: dict[str, Any]) -> None:
         if kind == "command":
             relay.carry(self, fields)
+        elif kind == "qemu-ended":
+            self.site.spawn(relay.last_words(self), f"last words of {self.body.domain}")
         else:
             self.on_note(kind, fields)
 

@@ -78,7 +78,7 @@ class Series:
                 pending = next(int(row.split()[1], 16) for row in status if row.startswith("ShdPnd"))
             if pending >> (signal.SIGTERM - 1) & 1 and self.listening.is_set():
                 await self.qemu.execute("quit")
-                return
+                await asyncio.Event().wait()  # its reply comes before its SHUTDOWN: who ended here would swallow that
 
     # ---- commands from outside ----
 

@@ -5,7 +5,8 @@ Transcripts: `transcripts/NAME.jsonl.xz`, one JSON object a line (`transcripts/I
 * `t`: seconds from the run's begin. `side`: `src`, `dst` or `dst2`; which leads is seen by who was told `migrate`.
 * `dir`: `out` (the run sent this to QEMU), `in` (QEMU sent this: greeting, reply or event), `argv` (how that QEMU was started),
   `mark` (the run did something: a signal, or it waited in vain: `no reply in 3s`), `eof` (that QEMU's monitor closed),
-  `log` (its stderr). Runs 60 and later: `virsh`, `virsh-out`, `libvirt-event`, `client`.
+  `log` (its stderr). Runs 60 and later: `virsh`, `virsh-out`, `libvirt-event`, `client`. What `virsh qemu-monitor-command` sent
+  and printed is played as `out` and `in` of that domain, the remark `killed src` as its `eof`, `virsh create … --paused` as `-S`.
 * `msg`: the QMP message, or text. Lines with `summary` are the run's own remarks; `PARTITION` and `HEALED` there are the link's.
 
 A run may hold several streams (a survivor that was protected again): one per `migrate`. Each is played by itself.
@@ -65,14 +66,31 @@ class Line:
 def lines(name: str) -> tuple[tuple[Line, ...], tuple[tuple[float, bool], ...]]:
     """All lines, and when the link was cut (True) and healed."""
     rows, cuts = [], []
+    asked = ""
     with lzma.open(FOLDER / f"{name}.jsonl.xz", "rt", encoding="utf-8") as file:
         for text in file:
             row = json.loads(text)
+            asked = _by_libvirt(row, asked)
             if row.get("summary") in CUT:
                 cuts.append((row["t"], CUT[row["summary"]]))
             if "dir" in row:
                 rows.append(Line(row["t"], row.get("side", ""), row["dir"], row["msg"]))
     return tuple(rows), tuple(cuts)
+
+
+def _by_libvirt(row: dict[str, Any], asked: str) -> str:
+    """A row of a run under libvirt becomes what its QEMU was told or said. asked, returned: the domain whose reply comes next."""
+    said, words = row.get("msg"), row.get("summary", "")
+    if row.get("dir") == "virsh" and said[0] == "qemu-monitor-command":
+        row.update(side=said[1], dir="out", msg=json.loads(said[2]))
+        return str(said[1])
+    if row.get("dir") == "virsh-out" and asked and said.startswith("{"):
+        row.update(side=asked, dir="in", msg={k: v for k, v in json.loads(said).items() if k != "id"})
+    elif row.get("dir") == "virsh" and said[0] == "create":
+        row.update(side="dst" if "dst" in said[1] else "src", dir="argv", msg="-S" if "--paused" in said else "by libvirt")
+    elif words.startswith("killed src"):
+        row.update(side="src", dir="eof", msg=words)
+    return ""
 
 
 def names() -> list[str]:

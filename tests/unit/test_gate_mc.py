@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import lzma
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from gatelab import NIC, PATIENCE_S, ROOT, UUID, AgentEnd, GateLab, changed, unt
 
 from mcft import sockbreak
 from mcft.gate.announce import frame
+from mcft.gate.core import LAST_WORDS_MS
 from mcft.gate.state import save
 from mcft.keepalive import Word
 
@@ -171,6 +174,86 @@ def test_a_death_without_a_word_is_one(primary: McLab) -> None:
     primary.kill_qemu()
     primary.mc.end.post("last-words")
     assert agent.status_when(lambda s: s["verdict"])["verdict"]["act"] == "died"
+
+
+STOPPED = {0: "Shutdown", 1: "Destroyed", 5: "Failed"}  # VIR_DOMAIN_EVENT_STOPPED_*
+EVENTS = {4: "Resumed", 5: "Stopped", 6: "Shutdown"}  # VIR_DOMAIN_EVENT_*
+
+
+def words_of_an_end(name: str) -> list[tuple[float, str, str]]:
+    """(seconds after the standby saw its stream end, event, detail) of what libvirt said of the source, in a recorded run."""
+    with lzma.open(ROOT / "tests" / "replay" / "transcripts" / f"{name}.jsonl.xz", "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    said: list[tuple[float, str, str, str]] = []
+    for text in (row["msg"] for row in rows if row.get("dir") in ("libvirt-event", "client")):
+        if found := re.match(r".* (\d+):(\d+):([\d.]+)\+0000: event 'lifecycle' for domain '(\w+)': (\w+) (\w+)", text):
+            hour, minute, second, *words = found.groups()
+            said.append((int(hour) * 3600 + int(minute) * 60 + float(second), *words))
+        elif found := re.match(r"EV \(([\d.]+), '(\w+)', 'lifecycle', (\d), (\d)\)", text):  # 70, 71: in libvirt's numbers
+            at, who, event, detail = found.groups()
+            said.append((float(at), who, EVENTS.get(int(event), ""), STOPPED.get(int(detail), "")))
+    ended = max(at for at, who, event, _ in said if (who, event) == ("dst", "Resumed"))
+    return [(at - ended, event, detail) for at, who, event, detail in said if who == "src" and event in ("Shutdown", "Stopped")]
+
+
+@pytest.mark.parametrize(
+    ("name", "act"),
+    [
+        ("62-libvirt-events-src-kill", "died"), ("64-libvirt-destroy-src", "ended"),
+        ("65-libvirt-monitor-call-to-dst-blocks", "died"), ("67-libvirt-guest-poweroff", "ended"),
+        ("69-libvirt-src-qemu-sigstop", "ended"), ("70-libvirt-client11-unix", "ended"), ("71-libvirt-client11-tcp", "ended"),
+    ],
+)  # fmt: skip
+def test_what_libvirt_said_of_an_end(primary: McLab, name: str, act: str) -> None:
+    """libvirt 7.0's own words, in their order, behind QEMU's end. 69: a stopped QEMU, destroyed, has none of its own.
+
+    Fails if the gate does not wait as long as libvirt took, or does not hear `destroyed`.
+    """
+    words = words_of_an_end(name)
+    assert [event for _, event, _ in words][-1] == "Stopped" and words[-1][0] * 1000 < LAST_WORDS_MS
+    agent = protected(primary)
+    primary.kill_qemu()
+    agent.note("qemu-ended")
+    for _, event, detail in words:
+        assert agent.ask("status")["verdict"] is None
+        if event == "Shutdown":
+            primary.mc.event("SHUTDOWN")
+        else:
+            primary.mc.end.post("last-words", destroyed=detail == "Destroyed")
+    assert agent.status_when(lambda s: s["verdict"])["verdict"]["act"] == act
+
+
+def test_a_destroyed_domain_is_none_although_its_shutdown_never_came(primary: McLab) -> None:
+    """`virsh destroy` of a QEMU that hangs ends with SIGKILL: libvirt's own word is all there is. Its order does not matter."""
+    agent = protected(primary)
+    primary.mc.end.post("last-words", destroyed=True)
+    primary.kill_qemu()
+    assert agent.status_when(lambda s: s["verdict"])["verdict"]["act"] == "ended"
+
+
+def test_libvirts_word_is_waited_for(primary: McLab) -> None:
+    """Recorded under libvirt 7.0 (64, 70, 71): SHUTDOWN and `destroyed` 1.6 s after the standby saw its stream end.
+
+    Fails if a death is believed before that: the standby would take over what its operator has destroyed.
+    """
+    agent = protected(primary)
+    primary.kill_qemu()
+    agent.note("qemu-ended")
+    time.sleep(0.8)
+    status = agent.ask("status")
+    assert status["own_qemu"] == "running" and status["verdict"] is None
+    primary.mc.event("SHUTDOWN")
+    primary.mc.end.post("last-words", destroyed=True)
+    assert agent.status_when(lambda s: s["verdict"])["verdict"]["act"] == "ended"
+
+
+def test_an_agent_that_leaves_meanwhile_has_no_word(primary: McLab) -> None:
+    agent = protected(primary)
+    primary.kill_qemu()
+    agent.note("qemu-ended")
+    for end in (agent, primary.mc.end):
+        end.sock.shutdown(socket.SHUT_RDWR)
+    assert primary.agent().status_when(lambda s: s["verdict"])["verdict"]["act"] == "died"
 
 
 def test_a_planned_switch_closes_behind_a_release(primary: McLab) -> None:
