@@ -163,8 +163,7 @@ MUTANTS = [
     ),
     Mutant(
         "engine mc: a power-off's late event is not waited for", "mcft/gate/core.py",
-        "if isinstance(self.monitor, Relay) and self.monitor.connected:\n            self.loop",
-        "if False:\n            self.loop",
+        "if awaited and not self._stopped:", "if False:",
         "gate_mc.py::test_a_power_off_whose_event_comes_late_is_no_death",
     ),
     Mutant(
