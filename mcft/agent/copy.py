@@ -50,7 +50,7 @@ class Copy(Life):
             Step("put replication over its disks", Copy._replicate),
             Step("quick acknowledgements", Copy.set_quickack, Copy.clear_quickack),
             Step("start its gate", Copy._start_gate, Copy._end_gate),
-            Step("listen for the stream", Copy._listen),
+            Step("listen for the stream", Copy._listen, Copy._remove_socket),
         ]
         return steps if self.body.engine != "mc" else [step for step in steps if step.name not in STOCK_ONLY]
 
@@ -223,10 +223,22 @@ class Copy(Life):
         """Engine mc: the last thing that this QEMU is asked before it takes over."""
         self.body.mig_port = self.site.ports.take(self.site.config.listen_addresses[0], udp=False)
         if self.body.engine == "mc" and self.body.mc.transport == "unix":
-            self.body.stream_path = os.path.join(self.site.config.run_dir, f"stream-{self.body.uuid}.sock")
+            self.body.stream_path = os.path.join(self._stream_folder(), "sock")
+            await self._remove_socket()
+            os.makedirs(self._stream_folder())
+            owner = os.stat(f"/proc/{self.body.qemu_pid}")
+            os.chown(self._stream_folder(), owner.st_uid, owner.st_gid)
         await self.engine.listen(self.qmp, self._here(self.body.mig_port))
         if self.body.engine != "mc" or self.body.mc.transport == "tcp":
             await self.gate.ask("update", stream_port=self.body.mig_port)
+
+    def _stream_folder(self) -> str:
+        """Transport unix: QEMU's user makes its socket here, and has no right to in `run_dir` itself."""
+        return os.path.join(self.site.config.run_dir, "streams", self.body.uuid)
+
+    async def _remove_socket(self) -> None:
+        if os.path.isdir(self._stream_folder()):
+            shutil.rmtree(self._stream_folder())
 
 
 def _label_like(disk: str, overlay: str) -> None:

@@ -123,7 +123,7 @@ class Standby(Copy):
     async def _tidy(self, taken: bool) -> None:
         if taken:
             await self.qemu_gone()
-        for work in (self._destroy, self._end_gate, self.clear_quickack):
+        for work in (self._destroy, self._end_gate, self.clear_quickack, self._remove_socket):
             try:
                 await work()
             except McftError as error:

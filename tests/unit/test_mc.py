@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -11,6 +12,7 @@ import pytest
 
 from mcft import api, config
 from mcft.agent import mccheck, mcnet, relay
+from mcft.agent.copy import Copy
 from mcft.agent.model import Body
 from mcft.agent.statusview import protection
 from mcft.config import Config
@@ -254,3 +256,21 @@ def test_its_statistics_are_shown() -> None:
     assert shown.mc is not None
     assert shown.mc.statistics == {"xmit-time": 3.0, "mbps": 800.5, "downtime": 2.0} and shown.mc.checkpoints == 4
     assert shown.mc.capabilities == ["mc", "mc-net-disable", "mc-disk-disable"] and shown.mc.monitor == "libvirt"
+
+
+async def test_the_streams_socket_lies_where_qemus_user_may_make_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if the folder stays root's: QEMU does not run as root, and could not listen."""
+    owners = []
+    monkeypatch.setattr("os.chown", lambda path, uid, gid: owners.append((path, uid, gid)))
+    qmp = FakeQmp()
+    copy = object.__new__(Copy)
+    here = SimpleNamespace(run_dir=tmp_path, listen_addresses=["192.0.2.1"])
+    copy.site = SimpleNamespace(ports=SimpleNamespace(take=lambda address, udp: 7), config=here)  # type: ignore[assignment]
+    copy.body = Body("u1", "vm1", "p", 1, "standby", "host2", engine="mc", mc=api.McOptions("unix"), qemu_pid=os.getpid())
+    copy.qmp = qmp  # type: ignore[assignment]
+    await copy._listen()
+    qemu = os.stat(f"/proc/{os.getpid()}")
+    assert owners == [(f"{tmp_path}/streams/u1", qemu.st_uid, qemu.st_gid)]
+    assert qmp.sent[-1] == ("migrate-incoming", {"uri": f"unix:{tmp_path}/streams/u1/sock"})
+    await copy._remove_socket()
+    assert os.listdir(tmp_path / "streams") == []
