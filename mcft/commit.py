@@ -295,6 +295,12 @@ class CommitGate:
         return self._barrier is not None
 
     @property
+    def covering_count(self) -> int | None:
+        """Rules `count` and `counter`: the reading that will cover the outstanding barrier; None: none, or unknown yet."""
+        barrier = self._barrier
+        return None if barrier is None or barrier.covered or barrier.count_at is None else barrier.count_at + 2
+
+    @property
     def in_capture(self) -> bool:
         """Whether a STOP was seen and its RESUME not yet."""
         return self._in_capture

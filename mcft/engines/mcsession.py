@@ -1,8 +1,8 @@
 """PURE: a micro-checkpointed stream as its two gates see it. Fed with replies, events and time; no I/O.
 
 `Leader`: the primary's QEMU says little: a RESUME when a capture is over, `checkpoints` when asked. It turns them into what
-`commit.py` wants and says when to ask next: a tenth of the delay (5 ms at least) while an acknowledgement is awaited, and
-not at all while none can come.
+`commit.py` wants and says when to ask next: a tenth of the delay (5 ms at least) while an acknowledgement is awaited that lets
+something leave, and not at all while none can come.
 
 `take_over`: the standby's side. Its monitor is dead from the first checkpoint on and nothing is asked of it. A take-over
 breaks its socket first (after a silent loss it would wait in recv for up to 70 s), awaits `paused`, resumes, reads back.
@@ -18,6 +18,7 @@ from mcft.commit import Action, AskCount, CommitGate
 from mcft.engines.mc import Progress, progress
 
 MIN_POLL_MS = 5.0
+LEARN_ANEW = 3
 PAUSED_POLL_MS = 5.0
 RUNNING_POLL_MS = 5.0
 GIVE_UP_MS = 80_000.0  # QEMU's own patience with a silent stream is 70 s
@@ -49,6 +50,9 @@ class Leader:
     _sign_ms: float = 0.0  # of the newest RESUME or rise
     _polled_ms: float = float("-inf")
     _checkpointing: bool = False
+    _resumes_read: int = -1  # how many RESUMEs there were at the last reading
+    _one_short: int = 0
+    _at_rest: int | None = None  # the counter less the RESUMEs while no acknowledgement is missing; None: not learned yet
 
     @property
     def interval_ms(self) -> float:
@@ -85,12 +89,42 @@ class Leader:
         if self.now.status != "checkpointing" or self.now.checkpoints is None:
             return []
         self._checkpointing = True
-        if before.checkpoints is not None and self.now.checkpoints > before.checkpoints:
-            self._awaits_ack, self._sign_ms = False, now_ms
-        return self._noted(self.commit.counter_read(self.now.checkpoints, ticket.epoch, now_ms))
+        rose = before.checkpoints is not None and self.now.checkpoints > before.checkpoints
+        if rose:
+            self._sign_ms = now_ms
+        actions = self.commit.counter_read(self.now.checkpoints, ticket.epoch, now_ms)
+        self._awaits_ack = self._worth_asking(self.now.checkpoints, rose)
+        return self._noted(actions)
+
+    def _worth_asking(self, count: int, rose: bool) -> bool:
+        """Whether an acknowledgement can come before the next RESUME that lets something leave.
+
+        One is missing while the counter is further behind the RESUMEs than at rest. What rest is shows a rise between two
+        readings without a RESUME, or a time from RESUME to RESUME without one; a RESUME that was lost, or somebody else's,
+        changes it. Two acknowledgements are wanted behind a barrier and a capture begins only after the one before it: the
+        first of them is not asked for.
+        """
+        behind = count - self.resumes
+        if rose and self._resumes_read == self.resumes:
+            self._at_rest = behind
+        elif self._at_rest is not None and behind > self._at_rest:
+            self._at_rest = None
+        self._resumes_read = self.resumes
+        if self._at_rest is None:
+            return True
+        missing, wanted = behind < self._at_rest, self.commit.covering_count
+        if wanted is None or count + 1 < wanted:
+            return False
+        # At rest one short of what is wanted: the first reading had the barrier's own, or a lost RESUME made rest look lower.
+        self._one_short += not missing
+        if self._one_short >= LEARN_ANEW:
+            self._at_rest, self._one_short = None, 0
+        return missing or self._at_rest is None
 
     def resume_seen(self, now_ms: float) -> list[Action]:
         """A RESUME: a capture is over (or somebody continued the guest, which does no harm: a barrier too many)."""
+        if self._at_rest is None and self._resumes_read == self.resumes and self.now.checkpoints is not None:
+            self._at_rest = self.now.checkpoints - self.resumes
         self.resumes += 1
         if not self._awaits_ack:
             self._awaits_ack, self._awaits_since_ms = True, now_ms
@@ -99,7 +133,7 @@ class Leader:
 
     def reconnected(self) -> None:
         """Whoever carries our questions is new: what was asked will not be answered."""
-        self._asked, self._at_once, self._awaits_ack = None, True, True
+        self._asked, self._at_once, self._awaits_ack, self._at_rest = None, True, True, None
 
     def _noted(self, actions: list[Action]) -> list[Action]:
         for action in actions:
