@@ -104,7 +104,8 @@ def _quorum_node(target: str, child: str) -> dict[str, Any]:
 async def interpose(qmp: Qmp, disks: list[Disk]) -> None:
     """Put a quorum over each disk's node while the guest stands still for a few ms (`stop` … `cont`).
 
-    On any error the drives go back to libvirt's nodes before the guest continues. Raises: QmpError, Failed.
+    On any error the drives go back to libvirt's nodes before the guest continues. Raises: QmpError, Failed ("resumed") if
+    somebody else let the guest run on a null node: nobody can keep it from that, but it is not hidden.
     """
     running = await qmp.status() == "running"
     try:
@@ -115,6 +116,11 @@ async def interpose(qmp: Qmp, disks: list[Disk]) -> None:
             await _set_drive(qmp, disk, _null(disk.target))
             await qmp.execute("blockdev-add", **_quorum_node(disk.target, disk.node))
             await _set_drive(qmp, disk, quorum(disk.target))
+        if running and await qmp.status() == "running":
+            raise Failed(
+                "resumed", "somebody resumed the guest in the few ms in which its disks were put under mcft's nodes",
+                "what it wrote then is lost, and what it read was zeros", "check its file systems, then protect it again",
+            )
     except BaseException:
         await restore(qmp, disks, was_running=running)
         raise

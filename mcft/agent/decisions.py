@@ -269,7 +269,7 @@ class Deciding(Setup):
                         await self._lose(None)
                         return
                     continue
-                if await self._obey_peer(reason, *pull.result()):
+                if await self._obey_peer(reason, *pull.result(), claiming):
                     return
                 if claiming is None:
                     await asyncio.sleep(PULL_EVERY_S)
@@ -297,18 +297,24 @@ class Deciding(Setup):
         except McftError as error:
             return None, str(error)
 
-    async def _obey_peer(self, reason: str, known: model.Records | None, said: str) -> bool:
-        """What the standby's word means: True once it decided. A claim that may have been sent comes first: what it
-        decides is not known yet."""
+    async def _obey_peer(
+        self, reason: str, known: model.Records | None, said: str, claiming: asyncio.Task[Standing | None] | None
+    ) -> bool:
+        """What the standby's word means: True once it decided, and then the claim has no more to say. A claim that may have
+        been sent comes first: what it decides is not known yet."""
         theirs = peer_ledger(known) if known else None
         verdict = generations.verdict_on_peer_records(self.ledger, theirs)
         if verdict == "solo" and known is not None and theirs is not None:
             if theirs.has(Kind.TAKEN) or await self.arbiter.withdraw():
+                if claiming is not None:
+                    claiming.cancel()
                 self._note_disk_error(reason, known)
                 await self.go_solo(reason)
                 return True
             said = f"{said}, but a claim is not resolved yet"
         if verdict == "lost":
+            if claiming is not None:
+                claiming.cancel()
             await self._lose(known)
             return True
         if self.body.state != "muted":

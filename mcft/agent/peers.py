@@ -13,9 +13,11 @@ import contextlib
 import errno
 import logging
 import random
+import socket
 import ssl
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import aiohttp
 import msgspec
@@ -34,6 +36,9 @@ HEDGE_S = 0.060
 # A link on which a call got no answer for this long is tried again on a fresh connection.
 FRESH_AFTER_S = 1.0
 GAP_S = 3.0
+# A host without power sends no reset, and answers of a minute (a copy's disks are made) are waited for. Its kernel is asked
+# whether it is there, and still knows the connection: tcp(7), in s.
+_ASK_AFTER_S, _ASK_EVERY_S, _ASK_TIMES = 5, 2, 5
 # Shorter than the server's deadline for idle connections, so that none is closed under a call.
 _IDLE_S = 15.0
 _CUT = (
@@ -272,11 +277,26 @@ class _Link:
         return Failed("peer-garbled", f"{self} answered with HTTP {status} and no words of mcft's")
 
 
+def _asked_after(address: tuple[Any, ...]) -> socket.socket:
+    """A socket whose connection ends once its peer's kernel is silent for some 15 s, or does not know it (any more)."""
+    family, kind, protocol, *_ = address
+    sock = socket.socket(family, kind, protocol)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (
+        (socket.TCP_KEEPIDLE, _ASK_AFTER_S),
+        (socket.TCP_KEEPINTVL, _ASK_EVERY_S),
+        (socket.TCP_KEEPCNT, _ASK_TIMES),
+        (socket.TCP_USER_TIMEOUT, (_ASK_AFTER_S + _ASK_EVERY_S * _ASK_TIMES) * 1000),
+    ):
+        sock.setsockopt(socket.IPPROTO_TCP, option, value)
+    return sock
+
+
 class _Pool:
     """A session that closes itself once it is retired and its last call is over."""
 
     def __init__(self, context: ssl.SSLContext) -> None:
-        connector = aiohttp.TCPConnector(ssl=context, limit=0, keepalive_timeout=_IDLE_S)
+        connector = aiohttp.TCPConnector(ssl=context, limit=0, keepalive_timeout=_IDLE_S, socket_factory=_asked_after)
         self.session = aiohttp.ClientSession(
             connector=connector,
             cookie_jar=aiohttp.DummyCookieJar(),

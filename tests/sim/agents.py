@@ -214,6 +214,20 @@ class SimPool:
         def answer(status: int, reply: bytes) -> None:
             world.stream(number, host.other, lambda: None if done.done() else done.set_result((status, reply)), mine)
 
+        boot, asked = host.other.boot, 0
+
+        def probe() -> None:
+            """tcp(7), keepalive: whether the other kernel is there and knows this connection (`_asked_after`)."""
+            nonlocal asked
+            if done.done():
+                return
+            asked = 0 if host.other.up and all(world.links[number].up) else asked + 1
+            if asked > 5 or (not asked and host.other.boot != boot):
+                refused()
+            else:
+                world.at(2000.0 if asked else 5000.0, mine, probe)
+
+        world.at(5000.0, mine, probe)
         if host.other.up:
             world.stream(number, host, arrived, kernel)
             if verb != "hello" and world.double_calls and world.rng.random() < world.double_calls:

@@ -71,9 +71,9 @@ ERRORS = [
         (FAILOVER, "        self._floor_ms = now_ms\n        return True", "        return True"),
     )),
     Error("solo without a win", (
-        (DECISIONS, "                if await self._obey_peer(reason, *pull.result()):\n",
+        (DECISIONS, "                if await self._obey_peer(reason, *pull.result(), claiming):\n",
          "                if pull.result()[0] is None:\n                    await self.go_solo(reason)\n"
-         "                    return\n                if await self._obey_peer(reason, *pull.result()):\n"),
+         "                    return\n                if await self._obey_peer(reason, *pull.result(), claiming):\n"),
     )),
     Error("unknown taken as given-up", (
         (GENERATIONS, "    if peer.has(Kind.GIVEN_UP):\n        return \"solo\"\n    return \"unknown\"", "    return \"solo\""),
@@ -165,12 +165,12 @@ def hunt(error: Error, within_s: float) -> str:
         if error.exhaustive:
             return walk(error, tree, within_s)
         done = subprocess.run(
-            [sys.executable, "-m", "tests.sim.run", "--seconds", str(within_s), "--first", "1", "--no-shrink", "--lines", "30"],
+            [sys.executable, "-m", "tests.sim.run", "--seconds", str(within_s), "--cpu", "--first", "1", "--no-shrink"],
             cwd=tree, env={**os.environ, "PYTHONPATH": str(tree), "PYTHONHASHSEED": "0"}, capture_output=True, text=True,
         )  # fmt: skip
         said = next((line for line in done.stdout.splitlines() if line.startswith("seed ")), done.stderr[-500:])
         if done.returncode != 1 or "violations: 1" not in done.stdout:
-            return f"not found in {within_s:.0f} s ({done.returncode}): {said}"
+            return f"not found in {within_s:.0f} s of CPU ({done.returncode}): {said}"
         if ": an exception" in said:
             return f"found by an exception only: {said}"
         seed = said.split(":")[0].removeprefix("seed ")

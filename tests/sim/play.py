@@ -210,7 +210,7 @@ def until_it_flows(world: World) -> None:
                 continue
             if any(state_of(host) for host in world.hosts):
                 act(world.rng.choice(world.hosts), "start")
-            else:
+            if not state_of(world.oracle.last_host):  # (the other one may not have heard yet that nothing is protected)
                 virsh_start(world)
             if world.oracle.arbiter_broken:
                 for host in world.hosts:

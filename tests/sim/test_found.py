@@ -135,6 +135,16 @@ def test_a_standby_whose_etcd_went_back_says_what_to_type() -> None:
     assert state == "failed"
 
 
+def test_a_claim_has_no_more_to_say_once_the_peer_has_decided() -> None:
+    """The standby said that it had taken over while the primary's claim waited for an etcd that was away: the claim's wait then
+    made `muted` of `lost`, for ever, and every later protect was refused by that host.
+
+    Fails if `Deciding._obey_peer` does not cancel the claim first.
+    """
+    cut = [Fault(668.56, "cut both links", 0, 352.67, 2)]
+    holds([Fault(542.43, "at the next record", 0, 2393.25, 1)], cut, seeds=range(30505, 30506))
+
+
 @pytest.mark.parametrize("kind", ["kill the gate", "kill the agent", "kill QEMU", "power", "freeze the host", "cut a link"])
 @pytest.mark.parametrize("host", [0, 1])
 def test_one_fault_is_survived(kind: str, host: int) -> None:
