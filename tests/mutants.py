@@ -162,7 +162,7 @@ MUTANTS = [
         "mc.py::test_a_standby_that_follows_is_never_asked",
     ),
     Mutant(
-        "engine mc: a power-off's late event is not waited for", "mcft/gate/core.py",
+        "engine mc: a power-off's late event is not waited for", "mcft/gate/qemu.py",
         "if awaited and not self._stopped:", "if False:",
         "gate_mc.py::test_a_power_off_whose_event_comes_late_is_no_death",
     ),
@@ -421,7 +421,7 @@ MUTANTS = [
     Mutant(
         "a standby lets its guest run ahead", "mcft/gate/standby.py",
         "            self._load_ms = now_ms\n"
-        "            self.gate.send_commands(Commands([(\"stop\", {})]), lambda _replies: None)",
+        "            self.gate.qemu.send(Commands([(\"stop\", {})]), lambda _replies: None)",
         "            self._load_ms = now_ms",
         "gate.py::test_standby_stops_the_guest_after_each_load",
     ),

@@ -94,7 +94,7 @@ class FilterSide:
             answer({})
             return
         self._attaching = True
-        yield self.gate.until_connected()
+        yield self.gate.qemu.until_connected()
         state.serial += 1
         self.gate.persist()
         (reply,) = yield Commands([("qom-list", {"path": "/objects"})])
@@ -135,7 +135,7 @@ class FilterSide:
         self.buffer.readable(channel)
         if channel.broken:
             self.gate.loop.forget(channel.ours_out)
-            if self.gate.own_qemu == "running" and self.gate.state.attached and not self._detaching:
+            if self.gate.qemu.condition == "running" and self.gate.state.attached and not self._detaching:
                 self.gate.control.note("alarm", reason=f"the buffer of {channel.nic.target} broke: {channel.broken}")
         self.released()
 
@@ -156,7 +156,7 @@ class FilterSide:
         """Only in pass-through, and with the guest standing still for some ms: what it sends next would otherwise
         overtake what is still on its way through our sockets."""
         self._detaching = True
-        yield self.gate.until_connected()
+        yield self.gate.qemu.until_connected()
         objects, chardevs, status = yield Commands(
             [("qom-list", {"path": "/objects"}), ("query-chardev", {}), ("query-status", {})]
         )
@@ -175,7 +175,7 @@ class FilterSide:
         self.buffer.channels = []
         self._detaching = False
         errors = [r["error"]["desc"] for r in replies if "error" in r]
-        if errors and self.gate.own_qemu == "running":
+        if errors and self.gate.qemu.condition == "running":
             answer(Denied("; ".join(errors)))
             return
         self.gate.state.attached = False

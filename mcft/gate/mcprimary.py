@@ -54,7 +54,7 @@ class McPrimary(Primary):
     def _pace(self) -> None:
         """Ask when it is due; every barrier that was wanted is set by now."""
         gate, now_ms = self.gate, boottime_ms()
-        if gate.state.mode != "hold" or gate.own_qemu != "running" or not gate.monitor.connected:
+        if gate.state.mode != "hold" or gate.qemu.condition != "running" or not gate.qemu.monitor.connected:
             return
         self.leader.delay_ms = gate.state.delay_ms
         due_ms = self.leader.due_ms()
@@ -79,7 +79,7 @@ class McPrimary(Primary):
             if leader is self.leader:
                 self._apply(leader.answered(ticket, reply.get("return"), now_ms), now_ms)
 
-        self.gate.send_commands(Commands([("query-migrate", {})]), answered)
+        self.gate.qemu.send(Commands([("query-migrate", {})]), answered)
 
     # ---- the stream's end ----
 
@@ -110,12 +110,12 @@ class McPrimary(Primary):
 
     def stream_age_ms(self, now_ms: float) -> float:
         """While nobody can ask (the agent or libvirt is away), nothing is known, and no time counts."""
-        if not self.gate.monitor.connected:
+        if not self.gate.qemu.monitor.connected:
             self._blind_ms = now_ms
         return now_ms - max(self._ack_ms, self._blind_ms)
 
     def status(self, now_ms: float) -> dict[str, Any]:
         now = self.leader.now
         said = {"status": now.status, "checkpoints": now.checkpoints, "polls": self.leader.polls, "resumes": self.leader.resumes}
-        silent = {"silent_ms": self.gate.monitor.silent_ms(now_ms)}
+        silent = {"silent_ms": self.gate.qemu.monitor.silent_ms(now_ms)}
         return {**super().status(now_ms), "mc": {**said, **silent, **now.statistics}}

@@ -40,7 +40,7 @@ class McStandby(Standby):
         """The primary asks us to give up: our stream is made dead here first."""
         self._dead = self._dead or "broken to give up"
         self._break()
-        answer({"own_qemu": self.gate.own_qemu})
+        answer({"own_qemu": self.gate.qemu.condition})
 
     def _break(self) -> None:
         state = self.gate.state
@@ -58,7 +58,7 @@ class McStandby(Standby):
             answer(Denied("taken(g) must be durable first"))
             return
         self._timing["won"] = boottime_ms()
-        yield self.gate.until_connected()
+        yield self.gate.qemu.until_connected()
         if not (request.get("peer_closed") or (self.gate.peer.closed and self.gate.peer.qemu in ("gone", "shutdown"))):
             yield self.gate.wait(lambda: boottime_ms() >= self.earliest_ms(), 2 * self.gate.state.loss_ms + 1000)
         self._timing["free"] = boottime_ms()
@@ -73,11 +73,11 @@ class McStandby(Standby):
                     self._following, self._took = False, True
                     self._timing["broken"] = boottime_ms()
                 elif isinstance(wanted, Wait):
-                    yield self.gate.wait(lambda: self.gate.own_qemu != "running", wanted.ms)
+                    yield self.gate.wait(lambda: self.gate.qemu.condition != "running", wanted.ms)
                 elif isinstance(wanted, Ask):
                     (value,) = yield Commands([(wanted.command, {})])
                     self._timing.setdefault("paused" if wanted.command == "query-status" else "resume", boottime_ms())
-                if self.gate.own_qemu != "running":
+                if self.gate.qemu.condition != "running":
                     answer(Denied("the copy does not run: its QEMU is gone"))
                     return
         except StopIteration as end:

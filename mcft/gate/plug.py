@@ -107,7 +107,7 @@ class PlugSide:
             self._failed(self.buffer.broken)
 
     def _unless_ended(self) -> None:
-        if self.gate.own_qemu == "running":
+        if self.gate.qemu.condition == "running":
             self._failed(self.buffer.broken)
 
     def poll(self) -> None:

@@ -20,8 +20,9 @@ from mcft.commit import (
 )
 from mcft.failover import OWN_DISK, Act, Verdict
 from mcft.gate.control import Answer, Denied
-from mcft.gate.core import Gate, set_link
+from mcft.gate.core import Gate
 from mcft.gate.filter import BufferSide, FilterSide, NoSide
+from mcft.gate.links import set_link
 from mcft.gate.loop import Commands, Task, boottime_ms
 from mcft.gate.samples import Samples
 from mcft.gate.state import process_start
@@ -139,7 +140,7 @@ class Primary:
             self._apply(self.commit.marker_answered(marker.capture, status, now_ms), now_ms)
 
         def send() -> None:
-            self.gate.send_commands(Commands([("query-status", {})]), lambda replies: answered(replies[0]))
+            self.gate.qemu.send(Commands([("query-status", {})]), lambda replies: answered(replies[0]))
 
         if marker.after_ms:
             self.gate.loop.after(marker.after_ms, send)
@@ -173,7 +174,7 @@ class Primary:
     def _yank(self) -> None:
         """Out of band: QEMU's main loop may hang in the very stream (QEMU command `yank`)."""
         for instance in [{"type": "migration"}, *self.gate.state.yank]:
-            self.gate.send_commands(Commands([("yank", {"instances": [instance]})], oob=True), lambda replies: None)
+            self.gate.qemu.send(Commands([("yank", {"instances": [instance]})], oob=True), lambda replies: None)
 
     def _taps(self, *, up: bool) -> None:
         """What QEMU has taken from us and not sent yet can't be called back: a tap that is down stops that too."""

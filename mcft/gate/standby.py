@@ -14,7 +14,8 @@ from mcft.blockgraph import uncommitted
 from mcft.engines import tcg
 from mcft.failover import Act, Verdict
 from mcft.gate.control import Answer, Denied
-from mcft.gate.core import Gate, remove_drop_filter, set_link
+from mcft.gate.core import Gate
+from mcft.gate.links import remove_drop_filter, set_link
 from mcft.gate.loop import Commands, Task, boottime_ms
 from mcft.gate.samples import Samples
 from mcft.keepalive import Heard
@@ -69,18 +70,18 @@ class Standby:
         if self.gate.state.mode == "pass" and self.gate.state.serial > 1:
             self.gate.loop.spawn(self._retire_overlays())
         if self._following and self.gate.state.serial > 1 and self.gate.state.mode != "pass":
-            self.gate.send_commands(Commands([("query-status", {})]), self._stop_if_running)
+            self.gate.qemu.send(Commands([("query-status", {})]), self._stop_if_running)
 
     def _stop_if_running(self, replies: list[Message]) -> None:
         if self._following and replies[0].get("return", {}).get("status") == "running":
-            self.gate.send_commands(Commands([("stop", {})]), lambda _replies: None)
+            self.gate.qemu.send(Commands([("stop", {})]), lambda _replies: None)
 
     def on_event(self, event: Message, now_ms: float) -> None:
         name, data = event["event"], event.get("data") or {}
         if name == "RESUME" and self._following:
             self.loads += 1
             self._load_ms = now_ms
-            self.gate.send_commands(Commands([("stop", {})]), lambda _replies: None)
+            self.gate.qemu.send(Commands([("stop", {})]), lambda _replies: None)
             if self.loads == 1:
                 self.gate.control.note("loaded", count=1)
         elif name == "RESUME" and self._flushed and "resume" not in self._timing:
@@ -140,14 +141,14 @@ class Standby:
         sockets without the NBD export's. A frozen standby has nothing else that would wake it; the primary waits for
         its write, and the stream stands. Seen about once in some thousand checkpoints; a command ended it at once.
         """
-        if self._waking or self.gate.monitor.sock is None:
+        if self._waking or self.gate.qemu.monitor.sock is None:
             return
 
         def woken(_replies: list[Message]) -> None:
             self._waking = False
 
         self._waking = True
-        self.gate.send_commands(Commands([("query-status", {})]), woken)
+        self.gate.qemu.send(Commands([("query-status", {})]), woken)
 
     def obey(self, verdict: Verdict, now_ms: float) -> None:
         """A claim: from now on we no longer say armed, whatever comes, until the agent withdraws it."""
@@ -193,8 +194,8 @@ class Standby:
     def _on_break(self, request: dict[str, Any], answer: Answer) -> None:
         """The primary asks us to give up: our stream is made dead here first."""
         self._dead = self._dead or "broken to give up"
-        self.gate.send_commands(Commands([("yank", {"instances": [{"type": "migration"}]})], oob=True), lambda _replies: None)
-        answer({"own_qemu": self.gate.own_qemu})
+        self.gate.qemu.send(Commands([("yank", {"instances": [{"type": "migration"}]})], oob=True), lambda _replies: None)
+        answer({"own_qemu": self.gate.qemu.condition})
 
     def _take(self, request: dict[str, Any], answer: Answer) -> Task:
         """taken(g) is on disk. Wait out what was echoed, end replication, resume from the last checkpoint, read back.
@@ -206,7 +207,7 @@ class Standby:
             answer(Denied("taken(g) must be durable first"))
             return
         self._timing["won"] = boottime_ms()
-        yield self.gate.until_connected()
+        yield self.gate.qemu.until_connected()
         if not (request.get("peer_closed") or (self.gate.peer.closed and self.gate.peer.qemu in ("gone", "shutdown"))):
             yield self.gate.wait(lambda: boottime_ms() >= self.earliest_ms(), 2 * self.gate.state.loss_ms + 1000)
         self._timing["free"] = boottime_ms()
@@ -231,9 +232,9 @@ class Standby:
         # Not waited for: QEMU says RESUME before its main loop, busy committing, comes to the last reply.
         self._send(replies, "cont")
         ran = yield self.gate.wait(self._runs_or_gone, 300.0)
-        status = "running" if ran and self.gate.own_qemu == "running" else ""
+        status = "running" if ran and self.gate.qemu.condition == "running" else ""
         deadline_ms = boottime_ms() + TAKE_DEADLINE_MS
-        while status != "running" and boottime_ms() < deadline_ms and self.gate.own_qemu == "running":
+        while status != "running" and boottime_ms() < deadline_ms and self.gate.qemu.condition == "running":
             _, reply = yield Commands([("cont", {}), ("query-status", {})])
             status = str(reply.get("return", {}).get("status", ""))
             if status != "running":
@@ -256,17 +257,17 @@ class Standby:
         agent may be away just then, so the gate does it. QEMU keeps the file open until the agent takes the node away.
         """
         state = self.gate.state
-        while state.overlays and self.gate.own_qemu == "running":
+        while state.overlays and self.gate.qemu.condition == "running":
             (reply,) = yield Commands([("query-named-block-nodes", {"flat": True})])
             if "return" in reply:
                 for target in [t for t in state.overlays if t not in uncommitted(reply["return"])]:
                     _forget_file(state.overlays.pop(target))
                     self.gate.persist()
             if state.overlays:
-                yield self.gate.wait(lambda: self.gate.own_qemu != "running", RETIRE_POLL_MS)
+                yield self.gate.wait(lambda: self.gate.qemu.condition != "running", RETIRE_POLL_MS)
 
     def _send(self, replies: list[Message], command: str, arguments: dict[str, Any] | None = None) -> None:
-        self.gate.send_commands(Commands([(command, arguments or {})]), partial(self._take_reply, command, replies))
+        self.gate.qemu.send(Commands([(command, arguments or {})]), partial(self._take_reply, command, replies))
 
     def _take_reply(self, command: str, replies: list[Message], rows: list[Message]) -> None:
         replies.extend(rows)
@@ -276,7 +277,7 @@ class Standby:
     def _until_no_colo(self, replies: list[Message]) -> Task:
         """COLO_EXIT was missed (this gate was restarted): the failover ends QEMU's COLO thread, and with it any load."""
         deadline_ms = boottime_ms() + STREAM_END_MS
-        while boottime_ms() < deadline_ms and self.gate.own_qemu == "running":
+        while boottime_ms() < deadline_ms and self.gate.qemu.condition == "running":
             (reply,) = yield Commands([("query-colo-status", {})])
             if reply.get("return", {}).get("mode") == "none":
                 self._following = self._flushed = False
@@ -292,10 +293,10 @@ class Standby:
         return reply.get("return", {}).get("status") == "colo"
 
     def _stream_over(self) -> bool:
-        return self._exited or self.gate.own_qemu != "running"
+        return self._exited or self.gate.qemu.condition != "running"
 
     def _runs_or_gone(self) -> bool:
-        return "resume" in self._timing or self.gate.own_qemu != "running"
+        return "resume" in self._timing or self.gate.qemu.condition != "running"
 
     def timing(self) -> dict[str, float]:
         """Of the last take-over: ms from the verdict (or the win, if the agent asked) to each step."""

@@ -34,7 +34,7 @@ class Error:
 ETCD = "mcft/arbiter/etcd.py"
 COMMIT, FAILOVER, GENERATIONS = "mcft/commit.py", "mcft/failover.py", "mcft/generations.py"
 PRIMARY, STANDBY, SETUP = "mcft/gate/primary.py", "mcft/agent/standby.py", "mcft/agent/setup.py"
-DECISIONS, SITE, VERBS, CORE = "mcft/agent/decisions.py", "mcft/agent/site.py", "mcft/agent/peerverbs.py", "mcft/gate/core.py"
+DECISIONS, SITE, VERBS = "mcft/agent/decisions.py", "mcft/agent/site.py", "mcft/agent/peerverbs.py"
 
 ERRORS = [
     Error("release at the barrier", (

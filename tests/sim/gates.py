@@ -19,6 +19,7 @@ from mcft.gate.control import Control, _Client
 from mcft.gate.lan import ASK_EVERY_MS, LanCheck
 from mcft.gate.loop import Loop
 from mcft.gate.primary import Primary
+from mcft.gate.qemu import OwnQemu
 from mcft.gate.standby import Standby
 from mcft.gate.state import GateState, paths
 from mcft.keepalive import Link
@@ -144,7 +145,7 @@ class GateProc(Proc):
         machine = self.host.machine
         for key in [key for key, link in machine.udp.items() if link.proc is self]:
             del machine.udp[key]
-        monitor = self.gate.monitor
+        monitor = self.gate.qemu.monitor
         if isinstance(monitor, SimMonitor) and monitor.qemu is not None and monitor.qemu.monitor is monitor:
             monitor.qemu.monitor = None
         control = self.gate.control
@@ -331,9 +332,9 @@ class SimMonitor(Monitor):
         super().close()
 
 
-def send_fds(gate: core.Gate, fds: tuple[int, ...], command: tuple[str, dict[str, Any]], on_reply: Reply) -> None:
-    """`Gate._send_fds`: the filters' ends that `make_channel` made just now."""
-    monitor = gate.monitor
+def send_fds(own: OwnQemu, fds: tuple[int, ...], command: tuple[str, dict[str, Any]], on_reply: Reply) -> None:
+    """`OwnQemu._send_fds`: the filters' ends that `make_channel` made just now."""
+    monitor = own.monitor
     assert isinstance(monitor, SimMonitor)
     qemu = monitor.qemu
     if qemu is not None:

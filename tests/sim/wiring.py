@@ -121,8 +121,10 @@ def install() -> None:
     import mcft.gate.core
     import mcft.gate.filter
     import mcft.gate.lan
+    import mcft.gate.links
     import mcft.gate.loop
     import mcft.gate.primary
+    import mcft.gate.qemu
     import mcft.gate.standby
     import mcft.gate.state
     import mcft.keepalive
@@ -137,21 +139,21 @@ def install() -> None:
                 raise AttributeError(f"{module.__name__} has no {name} any more: tests/sim/wiring.py")
             setattr(module, name, value)
 
-    put("boottime_ms", boottime_ms, gate.loop, gate.core, gate.primary, gate.standby, gate.lan, agent.site, agent.setup,
-        agent.protection, agent.decisions, agent.again, agent.overlays)  # fmt: skip
-    put("time", SimTime, gate.core, gate.primary, gate.standby, agent.site, agent.peers, agent.ports, agent.jobs)
-    put("os", SimOs, gate.core, gate.primary, gate.standby, mcft.keepalive, agent.site, agent.setup, agent.decisions, agent.copy,
+    put("boottime_ms", boottime_ms, gate.loop, gate.core, gate.qemu, gate.primary, gate.standby, gate.lan, agent.site,
+        agent.setup, agent.protection, agent.decisions, agent.again, agent.overlays)  # fmt: skip
+    put("time", SimTime, gate.qemu, gate.primary, gate.standby, agent.site, agent.peers, agent.ports, agent.jobs)
+    put("os", SimOs, gate.qemu, gate.primary, gate.standby, mcft.keepalive, agent.site, agent.setup, agent.decisions, agent.copy,
         agent.gates, agent.overlays, agent.maintenance, agent.diskfiles, agent.overwriting, mcft.diskreplica)  # fmt: skip
     put("open", sim_open, agent.site, agent.decisions, agent.overwriting, agent.diskfiles)
-    put("process_start", process_start, gate.core, gate.primary, agent.site, agent.setup, agent.copy)
+    put("process_start", process_start, gate.qemu, gate.primary, agent.site, agent.setup, agent.copy)
     put("secrets", SimSecrets, agent.setup, agent.core, agent.coldstart, agent.maintenance)
     put("random", SimRandom, agent.peers)
     put("run", _run, agent.gates, agent.copy, agent.diskfiles, agent.overlays)
     put("boot_id", _boot_id, agent.hook, agent.core, agent.maintenance)
     put("set_quickack", _no, agent.network)
     put("silence", _silence, agent.network)
-    put("set_link", _set_link, gate.core, gate.primary, gate.standby, agent.setup)
-    put("remove_drop_filter", _remove_drop_filter, gate.core, gate.standby)
+    put("set_link", _set_link, gate.links, gate.primary, gate.standby, agent.setup)
+    put("remove_drop_filter", _remove_drop_filter, gate.links, gate.standby)
     put("user_of", _user_of, agent.overwriting)
     put("uses_vhost", lambda _pid: False, mcft.agent.domainxml)
     put("refuse_unfit", _nothing, mcft.agent.checkpeer)
@@ -165,14 +167,14 @@ def install() -> None:
     put("Loop", gates.make_loop, gate.core)
     put("Link", gates.SimLink, gate.core)
     put("LanCheck", gates.SimLan, gate.core)
-    put("Monitor", gates.SimMonitor, gate.core)
+    put("Monitor", gates.SimMonitor, gate.qemu)
     put("Control", gates.SimControl, gate.core)
     put("make_channel", gates.make_channel, gate.filter)
     put("save", gates.save_state, gate.core, gate.state)
     put("load", gates.load_state, gate.state)
     put("_forget_file", _forget_file, gate.standby)
     put("sockbreak", SimSockbreak, gate.standby)
-    mcft.gate.core.Gate._send_fds = gates.send_fds  # type: ignore[method-assign, assignment]
+    mcft.gate.qemu.OwnQemu._send_fds = gates.send_fds  # type: ignore[method-assign, assignment]
 
 
 class SimSockbreak:

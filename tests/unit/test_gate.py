@@ -28,6 +28,7 @@ import mcft.gate.standby as standby_module
 from mcft.commit import CommitGate
 from mcft.gate.core import Gate
 from mcft.gate.loop import Commands, Loop, Until, boottime_ms
+from mcft.gate.qemu import OwnQemu
 from mcft.gate.standby import Standby
 from mcft.gate.state import GateState, LinkSpec, process_start, save
 from mcft.keepalive import Session, Word
@@ -805,7 +806,8 @@ class Lease(RuleBasedStateMachine):
     @rule()
     def restart_standby(self) -> None:
         self.session = Session(self.key, self.pid)
-        gate = SimpleNamespace(state=self.state, session=self.session, persist=lambda: None, monitor=SimpleNamespace(sock=None))
+        qemu = SimpleNamespace(monitor=SimpleNamespace(sock=None))
+        gate = SimpleNamespace(state=self.state, session=self.session, persist=lambda: None, qemu=qemu)
         self.standby = Standby(cast(Gate, gate))
         self.standby.started()
 
@@ -958,12 +960,12 @@ def test_each_task_goes_on_once_when_the_monitor_is_gone(tmp_path: Path) -> None
     qmp = FakeQmp(tmp_path / "qmp")
     monitor = Monitor(qmp.path)
     monitor.connect(10.0)
-    gate = SimpleNamespace(monitor=monitor, _watch_monitor=lambda: None)
+    own = SimpleNamespace(monitor=monitor, _watch_monitor=lambda: None)
     assert monitor.sock is not None
     until(lambda: qmp.connections == 1)
     monitor.sock.close()
     log: list[Any] = []
-    Gate.send_commands(cast(Gate, gate), Commands([("stop", {}), ("cont", {})]), log.append)
+    OwnQemu.send(cast(OwnQemu, own), Commands([("stop", {}), ("cont", {})]), log.append)
     monitor.close()
     qmp.close()
     assert len(log) == 1

@@ -19,7 +19,7 @@ from gatelab import NIC, PATIENCE_S, ROOT, UUID, AgentEnd, GateLab, changed, unt
 
 from mcft import sockbreak
 from mcft.gate.announce import frame
-from mcft.gate.core import LAST_WORDS_MS
+from mcft.gate.qemu import LAST_WORDS_MS
 from mcft.gate.state import save
 from mcft.keepalive import Word
 
