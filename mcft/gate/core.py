@@ -194,6 +194,8 @@ class Gate:
 
     def _receive(self, link: Link | RdmaLink) -> None:
         datagrams = link.receive()
+        if datagrams:
+            self.qemu.read()  # first, also after a stall in the midst of a turn: its words are the cause of what the other side says
         now_ms = boottime_ms()  # after the reading: an arrival may be taken for later than it was, never for earlier
         for datagram in datagrams:
             heard = self.session.accept(datagram, link.name, now_ms)
@@ -219,7 +221,7 @@ class Gate:
         if self.silence.tick(now_ms):
             self.lan.forget()
             self.control.note("stalled", count=self.silence.stalls)
-        self.qemu.read()  # first: what our QEMU said is the cause of what the other side says by now
+        self.qemu.read()
         for link in self.links:
             self._receive(link)
         if self.rdma:

@@ -152,7 +152,7 @@ def test_a_gate_that_stood_still_believes_its_own_qemu_first(primary: GateLab) -
     until(lambda: primary.peer.session.counter > said + 2)
     os.kill(primary.gate.pid, signal.SIGCONT)
     note = agent.note("verdict")
-    assert (note["act"], note["shutdown"]) == ("ended", "guest-shutdown")
+    assert (note["act"], note["shutdown"]) == ("ended", "guest-shutdown"), note
 
 
 def test_dead_qemu_is_said_at_once(primary: GateLab) -> None:
