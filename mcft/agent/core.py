@@ -11,6 +11,7 @@ import msgspec
 
 from mcft import api, diskreplica, generations
 from mcft.agent import buffers, check, coldstart, domainxml, maintenance, mccheck, model, protection, standby, statusview
+from mcft.agent.ends import DESTROYED
 from mcft.agent.events import EventLog
 from mcft.agent.hook import boot_id
 from mcft.agent.jobs import JobHandle, Jobs
@@ -26,7 +27,6 @@ from mcft.generations import Kind, Ledger
 from mcft.libvirt_bridge import DomainInfo
 from mcft.units import DELAY_MAX_MS, DELAY_MIN_MS
 
-DESTROYED = 1  # VIR_DOMAIN_EVENT_STOPPED_DESTROYED
 TAKEN_WITHIN_S = 30.0
 AT_REST_WITHIN_S = 10.0  # how long a new protection waits for what came before it
 OWNER_STATES = ("solo", "active", "stopped", "unprotected")
@@ -506,7 +506,7 @@ class Core:
         if life is None:
             return
         if isinstance(life, Primary):
-            life.lifecycle(event, detail)
+            life.libvirts_word.heard(event, detail)
         if life.body.engine == "mc" and event == "stopped":
             life.gate.tell("last-words", destroyed=detail == DESTROYED)
         if event in ("started", "stopped") and life.body.role == "primary" and life.body.state in OWNER_STATES:

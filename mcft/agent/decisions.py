@@ -15,8 +15,8 @@ import msgspec
 
 from mcft import diskreplica, generations
 from mcft.agent import model
+from mcft.agent.ends import LibvirtsWord, host_goes_down
 from mcft.agent.model import peer_ledger
-from mcft.agent.process import run
 from mcft.agent.setup import STANDBYS_SIDE, OnStep, Setup
 from mcft.agent.site import boottime_ms, log
 from mcft.arbiter.base import Standing
@@ -30,21 +30,12 @@ DEAD_WITHIN_S = 5.0  # after SIGKILL
 DECIDED_WITHIN_S = 20.0
 
 
-async def host_goes_down() -> bool:
-    """Whether this host is shutting down (systemd says `stopping`)."""
-    try:
-        return "stopping" in await run("systemctl", "is-system-running")
-    except Failed as error:  # it exits with 1 for `degraded`, and for `stopping`
-        return "stopping" in str(error)
-
-
 class Deciding(Setup):
     """From `arming` on: only given-up(g) or a won generation opens the buffer."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._stopped = asyncio.Event()
-        self.stopped_detail = -1
+        self.libvirts_word = LibvirtsWord()
 
     # ---- arming ----
 
@@ -189,6 +180,9 @@ class Deciding(Setup):
                 return
             await self.record(Kind.DIED, detail=reason)
         elif act == "died":
+            if self.libvirts_word.shut_down_by_guest():  # its gate was not there when QEMU said it
+                await self._ended("the guest was shut down")
+                return
             await self.record(Kind.DIED, detail=reason)
         self.body.quick_return = True
         await self._resolve(reason)
@@ -224,19 +218,7 @@ class Deciding(Setup):
         if self.body.engine == "mc" and not shutdown_reason:
             # That QEMU gives no reason: a guest's power-off looks like a signal of a host that goes down.
             return not await host_goes_down()
-        try:
-            await asyncio.wait_for(self._stopped.wait(), 2.5)
-        except TimeoutError:
-            return False
-        return self.stopped_detail == 1  # VIR_DOMAIN_EVENT_STOPPED_DESTROYED
-
-    def lifecycle(self, event: str, detail: int) -> None:
-        """libvirt's lifecycle event of this domain."""
-        if event == "stopped":
-            self.stopped_detail = detail
-            self._stopped.set()
-        elif event == "started":
-            self._stopped.clear()
+        return await self.libvirts_word.destroyed()
 
     async def _resolve(self, reason: str) -> None:
         """Pull the standby's word until it is given-up (solo) or taken (lost); where it is silent, claim by the arbiter
@@ -280,7 +262,9 @@ class Deciding(Setup):
                 claiming.cancel()
 
     async def _shutdown_reason(self) -> str | None:
-        """The reason of the SHUTDOWN that the gate has read from this QEMU; None where there was none or nobody can tell."""
+        """The reason of a SHUTDOWN that gate or libvirt has heard of this QEMU; None if there was none or nobody can tell."""
+        if self.libvirts_word.shut_down_by_guest():
+            return "guest-shutdown"
         if not os.path.exists(self.gate.state_path):  # gone with a reboot
             return None
         try:

@@ -195,7 +195,8 @@ class Gate:
     def _receive(self, link: Link | RdmaLink) -> None:
         datagrams = link.receive()
         if datagrams:
-            self.qemu.read()  # first, also after a stall in the midst of a turn: its words are the cause of what the other side says
+            # Also after a stall in the midst of a turn: its words are the cause of what the other side says.
+            self.qemu.read()
         now_ms = boottime_ms()  # after the reading: an arrival may be taken for later than it was, never for earlier
         for datagram in datagrams:
             heard = self.session.accept(datagram, link.name, now_ms)

@@ -204,6 +204,9 @@ class Machine:
             domain = self.domains.get(qemu.uuid)
             if domain is not None:
                 domain.detail = SHUTDOWN
+            if self.agent is not None and self.world.now >= self.libvirt_down_until:
+                by = 1 if message["data"].get("guest") else 2  # virDomainEventShutdownDetailType
+                self.world.at(0.5, self.agent, self.agent.lifecycle, qemu.uuid, "shutdown", by)
             self.world.at(2.0 + self.world.rng.random() * 30.0, self.kernel, qemu.proc.kill)
         if name.startswith(("QUORUM", "BLOCK_IO")) and self.world.now >= self.libvirt_down_until and self.agent is not None:
             self.world.at(1.0, self.agent, self.agent.disk_event, qemu.uuid, message)

@@ -145,6 +145,15 @@ def test_a_claim_has_no_more_to_say_once_the_peer_has_decided() -> None:
     holds([Fault(542.43, "at the next record", 0, 2393.25, 1)], cut, seeds=range(30505, 30506))
 
 
+def test_a_guest_that_shut_itself_down_while_its_gate_was_killed_is_not_raised() -> None:
+    """The new gate found QEMU gone and said that it had died; only libvirt had heard the guest's word.
+
+    Fails if `Deciding._after` does not ask `LibvirtsWord`.
+    """
+    both = [Fault(843.85, "the guest shuts down", 0, 356.47), Fault(843.88, "kill the gate", 0, 8000.0)]
+    holds(both, seeds=range(40327, 40328))
+
+
 @pytest.mark.parametrize("kind", ["kill the gate", "kill the agent", "kill QEMU", "power", "freeze the host", "cut a link"])
 @pytest.mark.parametrize("host", [0, 1])
 def test_one_fault_is_survived(kind: str, host: int) -> None:

@@ -103,6 +103,7 @@ def install() -> None:
     import mcft.agent.core
     import mcft.agent.decisions
     import mcft.agent.diskfiles
+    import mcft.agent.ends
     import mcft.agent.gates
     import mcft.agent.hook
     import mcft.agent.jobs
@@ -140,7 +141,7 @@ def install() -> None:
             setattr(module, name, value)
 
     put("boottime_ms", boottime_ms, gate.loop, gate.core, gate.qemu, gate.primary, gate.standby, gate.lan, agent.site,
-        agent.setup, agent.protection, agent.decisions, agent.again, agent.overlays)  # fmt: skip
+        agent.setup, agent.protection, agent.decisions, agent.ends, agent.again, agent.overlays)  # fmt: skip
     put("time", SimTime, gate.qemu, gate.primary, gate.standby, agent.site, agent.peers, agent.ports, agent.jobs)
     put("os", SimOs, gate.qemu, gate.primary, gate.standby, mcft.keepalive, agent.site, agent.setup, agent.decisions, agent.copy,
         agent.gates, agent.overlays, agent.maintenance, agent.diskfiles, agent.overwriting, mcft.diskreplica)  # fmt: skip

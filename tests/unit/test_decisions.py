@@ -11,6 +11,7 @@ import pytest
 from mcft.agent import model, protection
 from mcft.agent.core import Core
 from mcft.agent.decisions import Deciding
+from mcft.agent.ends import LibvirtsWord
 from mcft.agent.protection import Primary
 from mcft.errors import Failed
 from mcft.failover import BUFFER_BROKEN
@@ -93,7 +94,7 @@ class Resolving(Deciding):
         for kind in (Kind.PREPARING, Kind.ARMING, Kind.PROTECTED):
             self.ledger.append(kind)
         (tmp / "state").write_text("")
-        self.status, self.asked, self._stopped, self.stopped_detail = status, [], asyncio.Event(), 0
+        self.status, self.asked, self.libvirts_word = status, [], LibvirtsWord()
         self.gate: Any = SimpleNamespace(state_path=str(tmp / "state"), adopt=self._nothing, ask=self._status)
         self.arbiter: Any = SimpleNamespace(pending=False, may_claim=lambda: "standby: the primary never claims")
         self.site: Any = SimpleNamespace(ask=self._ask)
@@ -135,10 +136,22 @@ def test_a_qemu_that_ended_while_something_else_was_decided_is_asked_why(
     Fails if `_resolve` does not look (seed 20162: the standby raised a machine that its user had shut down).
     """
     life = Resolving({"own_qemu": own, "shutdown": reason}, tmp_path)
-    life._stopped.set()  # libvirt's word came, and was not `destroyed`
+    life.libvirts_word.heard("stopped", 5)  # VIR_DOMAIN_EVENT_STOPPED_FAILED: not `destroyed`
     asyncio.run(life._resolve("the standby claims the generation"))
     assert life.asked == asked
     assert life.ledger.newest is (Kind.PROTECTED if reason.startswith("guest-") else Kind.DIED)
+
+
+def test_a_guest_that_shut_itself_down_while_its_gate_was_gone_is_not_raised(tmp_path: Any) -> None:
+    """The new gate finds QEMU gone, and says that it died; libvirt has heard the guest's word.
+
+    Fails if `_after` does not look (seed 40327: the standby raised a machine that its user had shut down).
+    """
+    life = Resolving({"own_qemu": "gone", "shutdown": ""}, tmp_path)
+    life.event = lambda *_words: None  # type: ignore[method-assign, assignment]
+    life.libvirts_word.heard("shutdown", 1)  # VIR_DOMAIN_EVENT_SHUTDOWN_GUEST
+    asyncio.run(life._after({"act": "died", "reason": "QEMU is gone without a shutdown of the guest"}))
+    assert life.asked == ["ended: the guest was shut down"]
 
 
 @pytest.mark.parametrize(("kinds", "discarded"), [
