@@ -159,6 +159,10 @@ class Deciding(Setup):
         elif kind == "qemu" and fields["event"] in ("COLO_EXIT", "QUORUM_FAILURE", "QUORUM_REPORT_BAD"):
             said = fields["data"].get("reason") or fields["data"].get("error", "")
             self.event("stream", f"{fields['event']} {said}", "warning")
+            if not fields["data"].get("node-name", "mcft-").startswith("mcft-") and not self.ledger.has(Kind.ARMING):
+                # From arming on the gate ends this QEMU; before, the undo keeps the guest, whose disk lacks that write.
+                why = "the guest was told that it is done, and only the copy that is given up has it: look at its file systems"
+                self.event("disk", f"this host's own disk failed a write of {self.body.domain}: {why}", "alarm")
 
     def _verdict(self, verdict: dict[str, Any]) -> None:
         # Before arming, the set-up and its undo look at the stream themselves.

@@ -55,7 +55,7 @@ class Gate:
         self.peer: Word = Word()
         self.peer_shutdown_ms: float | None = None
         self.verdict: Verdict | None = None
-        self.switching = False  # a planned switch is under way: the stream's end is our own doing
+        self.switching_until_ms = float("-inf")  # a planned switch is under way: the stream's end is our own doing
         self.started_ms = boottime_ms()
         self.silence = Silence(state.loss_ms, self.started_ms)
         self.lan = LanCheck(self.loop, state.lan_check)
@@ -264,7 +264,7 @@ class Gate:
         """Decide until the first verdict that ends the watching; that one stands until the agent acts."""
         if self.verdict is not None or self.state.record not in WATCHED:
             return
-        if self.switching and self.qemu.condition not in ("gone", "shutdown"):
+        if now_ms < self.switching_until_ms and self.qemu.condition not in ("gone", "shutdown"):
             return
         verdict = decide(self.view(now_ms), self.settings)
         if verdict.act is Act.WAIT:

@@ -97,13 +97,13 @@ class McPrimary(Primary):
         """The last covered acknowledgement and its release; then closed. The agent ends the guest, whose next steps are void."""
         deadline_ms = SWITCH_DEADLINE_MS + EPOCHS_OF_A_SWITCH * self.gate.state.delay_ms
         wanted = self.commit.stats.released_epochs + 1 + self.commit.outstanding
-        self.gate.switching = True
+        self.gate.switching_until_ms = boottime_ms() + deadline_ms
         done = yield self.gate.wait(lambda: self.commit.stats.released_epochs >= wanted or self._over(), deadline_ms)
         if done and not self._over():
             self._close("planned switch")
             answer({"stopped": False, "acknowledged": self.commit.stats.acknowledged})
             return
-        self.gate.switching = False
+        self.gate.switching_until_ms = float("-inf")
         answer(Denied(f"no last checkpoint within {deadline_ms / 1000:.0f} s {self.commit.dead}".strip()))
 
     # ---- for the watcher and status ----

@@ -206,7 +206,7 @@ class Primary:
         Setting `x-checkpoint-delay`, even to the same value, starts a checkpoint at once; its maximum defers the next.
         """
         state, deadline_ms = self.gate.state, boottime_ms() + SWITCH_DEADLINE_MS
-        self.gate.switching = True
+        self.gate.switching_until_ms = deadline_ms  # not for longer: a QEMU that hangs in a dead stream answers no `stop`
         while boottime_ms() < deadline_ms and not self._over():
             before = self.commit.stats.acknowledged
 
@@ -231,7 +231,7 @@ class Primary:
         yield Commands([("migrate-set-parameters", {"x-checkpoint-delay": int(state.delay_ms)})])
         if self.buffer.mode == "closed" and not self._over():
             self.buffer.reopen()
-        self.gate.switching = False
+        self.gate.switching_until_ms = float("-inf")
         answer(Denied(f"no last checkpoint within {SWITCH_DEADLINE_MS / 1000:.0f} s {self.commit.dead}".strip()))
 
     def _over(self) -> bool:

@@ -418,8 +418,10 @@ class SimChannel(Channel):
         SimChannel.newest_out, SimChannel.newest_in = self.end_out, self.end_in
 
     def mode(self) -> str:
-        side = self.proc.gate.side
-        buffer = getattr(side, "buffer", None)
+        gate = self.proc.gate
+        if gate.state.record == "preparing":
+            return "pass"  # nothing was promised: an undo lets out what it held
+        buffer = getattr(gate.side, "buffer", None)
         return buffer.mode if isinstance(buffer, FilterBuffer) else "pass"
 
     def unread_bytes(self) -> int:

@@ -154,6 +154,20 @@ def test_a_guest_that_shut_itself_down_while_its_gate_was_killed_is_not_raised()
     holds(both, seeds=range(40327, 40328))
 
 
+def test_a_switch_whose_qemu_hangs_in_a_dead_stream_ends_in_a_decision() -> None:
+    """The standby's QEMU was killed in the midst of a planned switch: the other QEMU answered no `stop`, and its gate, which
+    decides nothing while it switches, decided nothing for ever.
+
+    Fails if `Gate.decide` waits beyond the switch's deadline.
+    """
+    holds(
+        [Fault(58.61, "at the next record", 0, 323.35, 3)],
+        [Fault(143.54, "mcft maintenance", 0, 489.62, 1), Fault(145.33, "between acknowledgement and release", 1, 19.54, 1),
+         Fault(505.3, "kill QEMU", 1, 42.49, 3)],
+        seeds=range(40268, 40269),
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("kind", ["kill the gate", "kill the agent", "kill QEMU", "power", "freeze the host", "cut a link"])
 @pytest.mark.parametrize("host", [0, 1])
 def test_one_fault_is_survived(kind: str, host: int) -> None:
