@@ -13,6 +13,7 @@ from world import H1, H2, HOSTS, REPO, Host, protect, until
 BEFORE = "02e3f8a"  # the last that landed before the arbiters, engine mc and the RDMA keepalive
 OLD = "/var/lib/mcft-before"
 UNITS = ("mcft-agent.service", "mcft-gate@.service")
+DROP_IN = "zz-before.conf"  # after the lab's own, which sets PYTHONPATH too
 
 
 def archive() -> bytes:
@@ -30,7 +31,7 @@ def downgraded(host: Host) -> Iterator[None]:
     files.mkdir(exist_ok=True)
     subprocess.run(["tar", "-x", "-C", files], input=archive(), check=True)
     for unit in UNITS:
-        host.sh(f"mkdir -p /etc/systemd/system/{unit}.d && cat > /etc/systemd/system/{unit}.d/before.conf << 'EOF'\n"
+        host.sh(f"mkdir -p /etc/systemd/system/{unit}.d && cat > /etc/systemd/system/{unit}.d/{DROP_IN} << 'EOF'\n"
                 f"[Service]\nEnvironment=PYTHONPATH={OLD}\nEOF")  # fmt: skip
     restarted(host)
     loaded = host.sh("tr '\\0' '\\n' < /proc/$(systemctl show -P MainPID mcft-agent)/environ")
@@ -44,7 +45,7 @@ def downgraded(host: Host) -> Iterator[None]:
 
 def upgrade(host: Host) -> None:
     """This version's files, and the agent restarted, as a package does it: the gates go on as they are."""
-    host.sh("rm -rf " + " ".join(f"/etc/systemd/system/{unit}.d/before.conf" for unit in UNITS))
+    host.sh("rm -rf " + " ".join(f"/etc/systemd/system/{unit}.d/{DROP_IN}" for unit in UNITS))
     restarted(host)
 
 
