@@ -88,5 +88,5 @@ def test_upgraded_while_protected(load: Load) -> None:
         H1.kill_qemu()
         H2.await_took_over()
         load.goes_on()
-        H2.await_state("protected", timeout=60)
+        protect(H2)
         load.finished()
