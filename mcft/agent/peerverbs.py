@@ -109,6 +109,8 @@ class PeerVerbs:
 
     async def _prepare_once(self, peer: str, request: model.Prepare) -> msgspec.Struct:
         life = self.core.lives.get(request.uuid)
+        if life is not None:
+            life.recompute_labels()  # a full disk may have kept the newest from being written: its file would count as no copy
         await self.core.may_receive(peer, request, life)
         if life is not None and not await life.at_rest(AT_REST_WITHIN_S):
             raise Refused(

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
+from mcft.agent import model
 from mcft.agent.overwriting import refuse_overwriting, user_of
+from mcft.agent.peerverbs import PeerVerbs
+from mcft.agent.site import Life
+from mcft.diskreplica import Disk
 from mcft.errors import Refused
+from mcft.generations import Kind, Ledger
 
 
 class Receiver:
@@ -58,3 +66,34 @@ def test_a_file_that_is_open_is_never_replaced(receiver: Receiver) -> None:
         assert str(os.getpid()) in user_of(str(receiver.path))
         assert receiver.refusal("stale(3) pid PATH\n") == "file-in-use"
     assert user_of(str(receiver.path)) == ""
+
+
+def test_a_label_that_a_full_disk_kept_back_is_written_before_it_is_asked_for(tmp_path: Path) -> None:
+    """The host lost its domain while its disk was full: the record was written, the label was not, and its file was no old copy.
+
+    Fails if `_prepare_once` does not recompute (found by chaos: protected again only after the agent's restart).
+    """
+    body = model.Body("u", "vm1", "p", 5, "primary", "host2", disks=[Disk("vda", "", "n", 1, str(tmp_path / "d"), "raw", False)])
+    life = object.__new__(Life)
+    life.body, life.site = body, cast(Any, SimpleNamespace(config=SimpleNamespace(state_dir=tmp_path)))
+    life.ledger = Ledger("p", "primary", 5)
+    for kind in (Kind.PREPARING, Kind.ARMING, Kind.PROTECTED):
+        life.ledger.append(kind)
+    life.recompute_labels()
+    label = tmp_path / "labels" / "u" / "vda"
+    assert not label.read_text().startswith("stale")
+    (tmp_path / "labels").rename(tmp_path / "away")
+    (tmp_path / "labels").write_text("")  # no room for a folder
+    life.ledger.append(Kind.LOST)
+    life.recompute_labels()
+    (tmp_path / "labels").unlink()
+    (tmp_path / "away").rename(tmp_path / "labels")
+
+    async def refused(*_: Any) -> None:
+        raise Refused("seen", "the label was looked at")
+
+    verbs = object.__new__(PeerVerbs)
+    verbs.core = cast(Any, SimpleNamespace(lives={"u": life}, may_receive=refused))
+    with pytest.raises(Refused):
+        asyncio.run(verbs._prepare_once("host2", cast(Any, SimpleNamespace(uuid="u"))))
+    assert label.read_text().startswith("stale(5)")
