@@ -83,11 +83,21 @@ class Again:
             try:
                 return await self.core.protect_now(request, job)
             except McftError as error:
-                await self._failed(await self.core.once_back(body.uuid), error)
+                # (Not awaited: an undo that has to be repeated may take as long as libvirtd is away.)
+                self.site.spawn(self._failed_once_back(body, error), f"protecting {body.domain} again failed")
                 raise
 
         life.event("again", f"protecting again to {body.peer}")
         self.site.jobs.start("protect", body.domain, work)
+
+    async def _failed_once_back(self, body: model.Body, error: McftError) -> None:
+        """What was to be replaced comes back when the undo is over; not at all if an operator protected it anew meanwhile."""
+        until_ms = boottime_ms() + LONGEST_WAIT_MS
+        while (life := self.core.lives.get(body.uuid)) is None or life.body.pid != body.pid:
+            if boottime_ms() > until_ms:
+                return
+            await asyncio.sleep(0.1)
+        await self._failed(life, error)
 
     async def _failed(self, life: Life, error: McftError) -> None:
         """Wait longer each time. A peer that went away, or into maintenance, is no failure: it is waited for as it was before."""
