@@ -29,6 +29,10 @@ host_files() {
     ln -sf ../local/bin/mcft "$r/usr/bin/mcft"
     install -m 755 "$LAB/files/fence_lab" "$r/usr/local/sbin/fence_lab"
     pki_files "$n" "$r"
+    if [ -n "${MCFT_LAB_PRELOAD:-}" ]; then # lab/uml
+        install -m 755 "$MCFT_LAB_PRELOAD" "$r/usr/local/lib/mcft-lab-clock.so"
+        echo /usr/local/lib/mcft-lab-clock.so > "$r/etc/ld.so.preload"
+    fi
     is_host "$n" || return 0
     echo "$n mcft lab" | md5sum | cut -c1-32 > "$r/etc/machine-id"
     install -d -m 755 "$r/etc/libvirt/hooks" "$r/etc/mcft" "$r/etc/systemd/system/mcft-gate@.service.d" "$r/etc/systemd/system/mcft-agent.service.d"
