@@ -171,6 +171,7 @@ class Setup(Life):
         await self.gate.end()
         if self.body.engine == "mc":
             await self.site.host.unwatch(self.body.uuid)
+        await self.drop_dead_plugs()
         if self.body.buffer == "plug" and await self._qemu_here():
             await buffers.remove_plugs([nic.target for nic in self.body.nics])
             for nic in self.body.nics:
@@ -182,6 +183,11 @@ class Setup(Life):
                 await self.qmp.attempt(command, **arguments)
             for nic in self.body.nics:
                 set_link(nic.target, up=True)
+
+    async def drop_dead_plugs(self) -> None:
+        """A QEMU that is gone took its taps along, but not what mcft made beside them."""
+        if self.body.buffer == "plug" and not self.qemu_alive():
+            await buffers.drop_plugs([nic.target for nic in self.body.nics], str(self.site.config.run_dir))
 
     async def _attach(self) -> None:
         if self.body.buffer == "qemu":
