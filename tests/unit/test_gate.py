@@ -11,6 +11,8 @@ import os
 import signal
 import socket
 import struct
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -978,3 +980,13 @@ def test_process_start_tells_a_pid_that_was_reused() -> None:
     gone = subprocess.Popen(["true"])
     gone.wait()
     assert process_start(gone.pid) is None
+
+
+def test_a_gate_imports_what_its_side_needs() -> None:
+    """While one is dead every packet is held. Fails if colo's pays for engine mc (asyncio with it), which doubles its start."""
+    code = (
+        "import sys; from mcft.gate.__main__ import _side; from mcft.gate.state import GateState\n"
+        "_side(GateState('u', 'vm1', 'p', 1, 'primary', 'k', '', 1, 1, [])); print([*sys.modules])"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert not [name for name in ("asyncio", "aiohttp", "libvirt", "rich", "mcft.engines.mc") if f"'{name}'" in loaded]
