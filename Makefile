@@ -46,7 +46,7 @@ test-kernel: test-plug
 
 # The RDMA keepalive, on rxe in a VM (QEMU without KVM): kernel and pyverbs fetched once by apt into lab/.cache. Root.
 test-rdma: venv
-	MCFT_VM_TIMEOUT_S=700 lab/vm $(CURDIR)/$(RUN) -m pytest tests/rdma -v -s -p no:cacheprovider
+	MCFT_VM_TIMEOUT_S=$(if $(MCFT_EVIDENCE),2400,900) lab/vm $(CURDIR)/$(RUN) -m pytest tests/rdma -v -s -p no:cacheprovider
 
 # The real decision code in a deterministic world (docs/correctness.md): random faults, every interleaving, deliberate errors.
 sim: venv
