@@ -17,7 +17,7 @@ from mcft.agent.hook import boot_id
 from mcft.agent.jobs import JobHandle, Jobs
 from mcft.agent.peerverbs import PeerVerbs
 from mcft.agent.protection import Primary
-from mcft.agent.site import Life, Site, log, stored_ledger
+from mcft.agent.site import AT_REST_WITHIN_S, Life, Site, log, stored_ledger
 from mcft.agent.standby import Standby
 from mcft.config import ARBITERS
 from mcft.configvalues import rdma_device
@@ -28,7 +28,6 @@ from mcft.libvirt_bridge import DomainInfo
 from mcft.units import DELAY_MAX_MS, DELAY_MIN_MS
 
 TAKEN_WITHIN_S = 30.0
-AT_REST_WITHIN_S = 10.0  # how long a new protection waits for what came before it
 OWNER_STATES = ("solo", "active", "stopped", "unprotected")
 
 

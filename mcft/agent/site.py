@@ -41,6 +41,7 @@ from mcft.qmp_passthrough import Qmp, remove_monitor
 log = logging.getLogger("mcft.agent")
 T = TypeVar("T")
 COMMIT_DEADLINE_S = 600.0
+AT_REST_WITHIN_S = 10.0  # how long what takes the place of an instance waits for its last decision
 
 
 @dataclass

@@ -168,6 +168,19 @@ def test_a_switch_whose_qemu_hangs_in_a_dead_stream_ends_in_a_decision() -> None
     )  # fmt: skip
 
 
+def test_unprotect_waits_for_a_going_solo_that_is_under_way() -> None:
+    """The standby had given up, and the gate was killed just then: `unprotect` took away what the going solo still needed.
+
+    Fails if `Primary.unprotect` does not wait for `at_rest`.
+    """
+    holds(
+        [Fault(576.67, "kill QEMU", 1, 386.02, 1)],
+        [Fault(2552.51, "at the next record", 1, 331.58, 3), Fault(4257.39, "cut a link", 0, 708.75, 2),
+         Fault(4656.7, "mcft unprotect", 0, 357.11, 3)],
+        seeds=range(50212, 50213),
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("kind", ["kill the gate", "kill the agent", "kill QEMU", "power", "freeze the host", "cut a link"])
 @pytest.mark.parametrize("host", [0, 1])
 def test_one_fault_is_survived(kind: str, host: int) -> None:
