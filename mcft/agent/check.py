@@ -35,7 +35,8 @@ UNBUFFERED = "after a take-over somebody may have read there what the guest does
 
 
 async def refuse_engine(life: Primary) -> None:
-    """Raises: Refused ("engine") if the domain's QEMU can't be checkpointed."""
+    """Raises: Refused ("engine", "libvirt-uri") if the domain's QEMU can't be checkpointed, or not by this way to it."""
+    checkpeer.refuse_remote_libvirt(life.site.config.name, life.site.config.libvirt_uri, life.body.engine)
     if refusal := await life.engine.unsupported(life.qmp):
         raise Refused("engine", f"{life.body.domain} can't be protected", refusal)
 
