@@ -29,6 +29,10 @@ host_files() {
     ln -sf ../local/bin/mcft "$r/usr/bin/mcft"
     install -m 755 "$LAB/files/fence_lab" "$r/usr/local/sbin/fence_lab"
     pki_files "$n" "$r"
+    if [ -n "${MCFT_LAB_PRELOAD:-}" ]; then # lab/uml
+        install -m 755 "$MCFT_LAB_PRELOAD" "$r/usr/local/lib/mcft-lab-clock.so"
+        echo /usr/local/lib/mcft-lab-clock.so > "$r/etc/ld.so.preload"
+    fi
     is_host "$n" || return 0
     echo "$n mcft lab" | md5sum | cut -c1-32 > "$r/etc/machine-id"
     install -d -m 755 "$r/etc/libvirt/hooks" "$r/etc/mcft" "$r/etc/systemd/system/mcft-gate@.service.d" "$r/etc/systemd/system/mcft-agent.service.d"
@@ -45,7 +49,8 @@ mcft_files() {
     o=$([ "$n" = h1 ] && echo h2 || echo h1)
     sed -e "s/@NAME@/$(hostname_of "$n")/g" -e "s/@PEER@/$(hostname_of "$o")/g" -e "s/@REP@/$(rep_ip "$n")/g" -e "s/@LAN@/$(lan_ip "$n")/g" \
         -e "s/@PEER_REP@/$(rep_ip "$o")/g" -e "s/@PEER_LAN@/$(lan_ip "$o")/g" "$LAB/files/mcft.toml.in" > "$r/etc/mcft/mcft.toml"
-    [ "$SLOW" = 1 ] || printf '\n[keepalive]\nloss = "%sms"\n' $((300 * SLOW)) >> "$r/etc/mcft/mcft.toml"
+    # (A gate's restart has to fit in, which takes Python 2 s over there.)
+    [ "$SLOW" = 1 ] || printf '\n[keepalive]\nloss = "%sms"\n' $((800 * SLOW)) >> "$r/etc/mcft/mcft.toml"
     # a test's own, which is to outlive a power cut
     [ ! -e "$STATE/$n/mcft.toml" ] || cp "$STATE/$n/mcft.toml" "$r/etc/mcft/mcft.toml"
     if [ -e "$REPO/mcft/hook.sh" ]; then install -m 755 "$REPO/mcft/hook.sh" "$r/etc/libvirt/hooks/qemu"; else rm -f "$r/etc/libvirt/hooks/qemu"; fi

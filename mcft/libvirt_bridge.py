@@ -31,6 +31,10 @@ QemuEvent = Callable[[str, dict[str, Any]], None]
 DISK_EVENTS = f"^({'|'.join(DISK_ERRORS)})$"
 WATCHED_EVENTS = "^(RESUME|STOP|SHUTDOWN|RESET)$"
 REGEX = 1  # VIR_CONNECT_DOMAIN_QEMU_MONITOR_EVENT_REGISTER_REGEX
+# A domain's start: libvirt asks a new QEMU some hundred questions, which takes a slow host more than a minute.
+START_S = 60.0  # so long, whether libvirtd answers or not
+START_MOST_S = 240.0
+LIVENESS_EVERY_S = 5.0
 EVENTS = ("defined", "undefined", "started", "suspended", "resumed", "stopped", "shutdown", "pmsuspended", "crashed")
 _event_thread: threading.Thread | None = None
 
@@ -175,6 +179,22 @@ class LibvirtHost:
             return False
         return True
 
+    async def _start(self, work: Callable[[Any], T]) -> T:
+        """`call` of what starts a domain: waited for as long as the daemon answers beside it.
+
+        Raises: as `call`; the daemon's silence counts from START_S on, START_MOST_S is the end.
+        """
+        starting = asyncio.ensure_future(self.call(work, START_MOST_S))
+        try:
+            done, _ = await asyncio.wait({starting}, timeout=START_S)
+            while not done:
+                if not await self.answers(LIVENESS_EVERY_S) and not starting.done():
+                    raise _timed_out(START_S)
+                done, _ = await asyncio.wait({starting}, timeout=LIVENESS_EVERY_S)
+            return starting.result()
+        finally:
+            starting.cancel()
+
     async def call(self, work: Callable[[Any], T], timeout_s: float = 15.0) -> T:
         """Run work(connection) in the pool.
 
@@ -183,9 +203,7 @@ class LibvirtHost:
         try:
             return await asyncio.wait_for(asyncio.get_running_loop().run_in_executor(self._pool, self._try, work), timeout_s)
         except TimeoutError:
-            raise Failed(
-                "libvirt-timeout", f"libvirt did not answer within {timeout_s:g} s", "", "look at: systemctl status libvirtd"
-            ) from None
+            raise _timed_out(timeout_s) from None
         except libvirt.libvirtError as error:
             if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
                 raise NotFound("no-such-domain", "no such domain on this host", str(error), "virsh list --all") from None
@@ -256,7 +274,7 @@ class LibvirtHost:
                     raise Refused("hook-refused", "libvirt's hook refused this start", str(error)) from None
                 raise
 
-        return await self.info(await self.call(work, timeout_s=60))
+        return await self.info(await self._start(work))
 
     async def start_domain(self, uuid: str) -> None:
         """Start a defined domain (virDomainCreate); one that runs is fine. Raises: Failed, Refused ("hook-refused")."""
@@ -270,11 +288,11 @@ class LibvirtHost:
                 if error.get_error_code() != libvirt.VIR_ERR_OPERATION_INVALID:
                     raise
 
-        await self.call(work, timeout_s=60)
+        await self._start(work)
 
     async def create(self, xml: str) -> None:
         """Start a transient domain (virDomainCreateXML). Raises: Failed."""
-        await self.call(lambda conn: conn.createXML(xml, 0), timeout_s=60)
+        await self._start(lambda conn: conn.createXML(xml, 0))
 
     async def define(self, xml: str) -> None:
         """Make (or replace) the persistent definition; a running transient domain becomes persistent by it."""
@@ -349,6 +367,11 @@ class LibvirtHost:
             return f"{number // 1000000}.{number // 1000 % 1000}.{number % 1000}"
 
         return await self.call(lambda conn: {"libvirt": text(conn.getLibVersion()), "qemu": text(conn.getVersion())})
+
+
+def _timed_out(timeout_s: float) -> Failed:
+    why = f"libvirt did not answer within {timeout_s:g} s"
+    return Failed("libvirt-timeout", why, "", "look at: systemctl status libvirtd")
 
 
 def _text(answer: Any) -> str:

@@ -196,10 +196,11 @@ def trial() -> str:
     return said[0] if said else ""
 
 
-def remove(link: Netlink, tap: str) -> None:
-    """Take every piece of this tap's buffer away, whatever is left of it; what it holds leaves first. Others' filters stay.
+def remove(link: Netlink, tap: str, *, drop: bool = False) -> None:
+    """Take every piece of this tap's buffer away, whatever is left of it. Others' filters stay.
 
-    The filter goes before the IFB, so that nothing is sent into one that is no more.
+    What it holds leaves first; drop: never does, the guest that sent it being dead. The filter goes before the IFB, so that
+    nothing is sent into one that is no more.
     """
     name, ifb_index, found = wire.ifb_name(tap), 0, []
     with contextlib.suppress(OSError):
@@ -207,10 +208,11 @@ def remove(link: Netlink, tap: str) -> None:
         before = wire.found_before(there.alias, tap)
         if before is not None:
             ifb_index, found = there.index, before
-            for queue in queues(link, ifb_index):
+            for queue in queues(link, ifb_index) if not drop else []:
                 if queue.kind == "plug":
                     link.ask(wire.plug(Line(tap, 0, name, ifb_index, queue.handle, 0), "release-indefinite"))
-            drain(link, ifb_index)
+            if not drop:
+                drain(link, ifb_index)
     with contextlib.suppress(OSError):
         index = socket.if_nametoindex(tap)
         for theirs in filters(link, index):
@@ -221,7 +223,8 @@ def remove(link: Netlink, tap: str) -> None:
     if not ifb_index:
         return
     with contextlib.suppress(OSError):
-        drain(link, ifb_index)
+        if not drop:
+            drain(link, ifb_index)
         if "ifb" in found:
             for made in (wire.delete_clsact(ifb_index), wire.delete_root(ifb_index)):
                 with contextlib.suppress(OSError):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from pathlib import Path
 
 from mcft import api, netbuffer, plugkernel
+from mcft.gate import state as gate_state
 from mcft.netbuffer import Nic, Way
 
 
@@ -26,12 +28,27 @@ async def _why_no_plug() -> str:
     return await asyncio.to_thread(plugkernel.trial)
 
 
-async def remove_plugs(taps: list[str]) -> None:
-    """No gate holds these any more and the guest may speak: what is left of their plugs goes. Idempotent."""
+async def remove_plugs(taps: list[str], *, drop: bool = False) -> None:
+    """No gate holds these any more and the guest may speak: what is left of their plugs goes. Idempotent.
+
+    drop: what they hold never leaves.
+    """
 
     def work() -> None:
         with contextlib.closing(plugkernel.Netlink()) as link:
             for tap in taps:
-                plugkernel.remove(link, tap)
+                plugkernel.remove(link, tap, drop=drop)
 
     await asyncio.to_thread(work)
+
+
+async def drop_plugs(taps: list[str], run_dir: str) -> None:
+    """The guest's QEMU is dead, its gate has ended: the plugs go with what they hold. Idempotent.
+
+    A tap's name may be another guest's by now: one that a gate of this host has is left alone.
+    """
+    others: set[str] = set()
+    for path in await asyncio.to_thread(lambda: list(Path(run_dir, "gate").glob("*.json"))):
+        with contextlib.suppress(FileNotFoundError):  # that gate ends
+            others.update(nic.target for nic in gate_state.load(str(path)).nics)
+    await remove_plugs([tap for tap in taps if tap not in others], drop=True)

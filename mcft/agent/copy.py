@@ -140,6 +140,13 @@ class Copy(Life):
         """Whatever runs under this uuid here is the copy, until it has taken over: nothing did before it was made."""
         if self.ledger.newest is Kind.TAKEN:
             return
+        while self._creating is not None and not self._creating.done():
+            # libvirt kills the process even of a start that is under way, which ends that start.
+            try:
+                await self.site.host.destroy(self.body.uuid)
+            except McftError as error:
+                log.info("%s: its start can't be ended: %s", self.body.domain, error)
+            await asyncio.wait({self._creating}, timeout=0.5)
         if self._creating is not None:
             await asyncio.gather(self._creating, return_exceptions=True)
         self.kill_qemu()

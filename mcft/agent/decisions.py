@@ -399,6 +399,7 @@ class Deciding(Setup):
 
     async def _clean_up_dead(self) -> None:
         await self.gate.end()
+        await self.drop_dead_plugs()
         await self.clear_quickack()
         await self._remove_monitor()
 

@@ -39,6 +39,8 @@ GAP_S = 3.0
 # A host without power sends no reset, and answers of a minute (a copy's disks are made) are waited for. Its kernel is asked
 # whether it is there, and still knows the connection: tcp(7), in s.
 _ASK_AFTER_S, _ASK_EVERY_S, _ASK_TIMES = 5, 2, 5
+# Its agent may hang all the same: a long call's peer that has answered nothing at all for this long is not waited for any more.
+SILENT_S = 30.0
 # Shorter than the server's deadline for idle connections, so that none is closed under a call.
 _IDLE_S = 15.0
 _CUT = (
@@ -104,20 +106,20 @@ class PeerLink:
         """POST /v1/peer/{verb} and return the answer's body.
 
         Raises the McftError that the peer answered; Unreachable("peer-unreachable") if none did in
-        `timeout_s` seconds; Refused("peer-untrusted") if either side does not accept the other's
-        certificate.
+        `timeout_s` seconds, or not even a hello for SILENT_S; Refused("peer-untrusted") if either side
+        does not accept the other's certificate.
         """
         failures: dict[str, McftError] = {}
-        answer = None
+        answer, begun = None, boottime_s()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                answer = await self._race(verb, body, failures)
+                answer = await self._race(verb, body, failures, watched=timeout_s > SILENT_S and bool(self._tasks))
         if answer is not None:
             return answer
         untrusted = [error for error in failures.values() if error.code == "peer-untrusted"]
         if untrusted:
             raise untrusted[0]
-        silence = f"no answer within {timeout_s:g} s"
+        silence = f"no answer within {min(timeout_s, boottime_s() - begun):.3g} s"
         why = [f"{a}: {failures[a].reason if a in failures else silence}" for a in self.peer.addresses]
         raise Unreachable(
             "peer-unreachable",
@@ -126,9 +128,12 @@ class PeerLink:
             f"look at the links to {self.peer.name}, and at its agent",
         )
 
-    async def _race(self, verb: str, body: bytes, failures: dict[str, McftError]) -> bytes | None:
-        """The first answer; None if every attempt failed. failures: by address, filled on the way."""
-        attempts = self._attempts()
+    async def _race(self, verb: str, body: bytes, failures: dict[str, McftError], *, watched: bool) -> bytes | None:
+        """The first answer; None if every attempt failed, or (watched) the peer fell silent.
+
+        failures: by address, filled on the way.
+        """
+        attempts, begun = self._attempts(), boottime_s()
         running: dict[asyncio.Task[bytes], _Link] = {}
         patience: float | None = 0.0
         try:
@@ -136,7 +141,8 @@ class PeerLink:
                 if patience is not None:
                     link, fresh, patience = next(attempts)
                     running[asyncio.create_task(link.post(verb, body, fresh))] = link
-                done, _ = await asyncio.wait(running, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+                look_s = patience if patience is not None or not watched else HELLO_EVERY_S
+                done, _ = await asyncio.wait(running, timeout=look_s, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
                     link = running.pop(task)
                     error = task.exception()
@@ -148,6 +154,8 @@ class PeerLink:
                     if not isinstance(error, _NoAnswer):
                         raise error
                     failures[link.address] = error.said
+                if watched and boottime_s() - max(begun, self._last_ok or 0.0) > SILENT_S:
+                    return None
             return None
         finally:
             for task in running:

@@ -21,6 +21,7 @@ from mcft.streams import Endpoint
 
 SWITCHOVER_DEADLINE_S = 600.0
 HUNG_MS = 5000.0  # of a monitor, behind the first pass
+PREPARE_DEADLINE_S = 300.0  # more than the copy's start may take over there (`libvirt_bridge.START_MOST_S`)
 FIRST_CHECKPOINT_DEADLINE_S = 10.0  # the guest's output is held all the while
 OnStep = Callable[[str, float | None], None]
 STOCK_ONLY = ("add the monitor", "credentials for the streams", "put quorum over the disks", "copy the disks")
@@ -95,7 +96,7 @@ class Setup(Life):
             await diskfiles.of_domain(self), diskfiles.read_nvram(body.nvram) if body.nvram else None,
             body.rdma.peer if body.rdma else "", rdma.required(self.rdma_wish()), body.arbiter, body.mc,
         )  # fmt: skip
-        prepared = await self.site.ask(body.peer, "prepare", request, model.Prepared, 90.0)
+        prepared = await self.site.ask(body.peer, "prepare", request, model.Prepared, PREPARE_DEADLINE_S)
         if prepared.arbiter != body.arbiter:
             why = f"its mcft goes by arbiter {prepared.arbiter}; two rules at once would be unsafe"
             raise Refused("old-peer", f"{body.peer} can't be decided for by {body.arbiter}", why, "bring both hosts to one mcft")
@@ -170,6 +171,7 @@ class Setup(Life):
         await self.gate.end()
         if self.body.engine == "mc":
             await self.site.host.unwatch(self.body.uuid)
+        await self.drop_dead_plugs()
         if self.body.buffer == "plug" and await self._qemu_here():
             await buffers.remove_plugs([nic.target for nic in self.body.nics])
             for nic in self.body.nics:
@@ -181,6 +183,11 @@ class Setup(Life):
                 await self.qmp.attempt(command, **arguments)
             for nic in self.body.nics:
                 set_link(nic.target, up=True)
+
+    async def drop_dead_plugs(self) -> None:
+        """A QEMU that is gone took its taps along, but not what mcft made beside them."""
+        if self.body.buffer == "plug" and not self.qemu_alive():
+            await buffers.drop_plugs([nic.target for nic in self.body.nics], str(self.site.config.run_dir))
 
     async def _attach(self) -> None:
         if self.body.buffer == "qemu":

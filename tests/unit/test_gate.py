@@ -11,6 +11,8 @@ import os
 import signal
 import socket
 import struct
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -980,3 +982,23 @@ def test_process_start_tells_a_pid_that_was_reused() -> None:
     gone = subprocess.Popen(["true"])
     gone.wait()
     assert process_start(gone.pid) is None
+
+
+def test_a_gate_imports_what_its_side_needs() -> None:
+    """While one is dead every packet is held. Fails if colo's pays for engine mc (asyncio with it), which doubles its start."""
+    code = (
+        "import sys; from mcft.gate.__main__ import _side; from mcft.gate.state import GateState\n"
+        "_side(GateState('u', 'vm1', 'p', 1, 'primary', 'k', '', 1, 1, [])); print([*sys.modules])"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert not [name for name in ("asyncio", "aiohttp", "libvirt", "rich", "mcft.engines.mc") if f"'{name}'" in loaded]
+
+
+def test_plug_imports_what_it_needs_of_pyroute2() -> None:
+    """Fails if the whole of it is imported (0.16 s), or if who wants the whole afterwards does not get it."""
+    code = (
+        "import sys; import mcft.gate.plug; few = len(sys.modules); assert 'pyroute2.ndb' not in sys.modules\n"
+        "from pyroute2 import IPRoute; from pyroute2.netlink.rtnl.tcmsg import tcmsg; from mcft import plugwire\n"
+        "assert tcmsg is plugwire.tcmsg and few < len(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -230,6 +230,23 @@ async def test_a_slow_answer_is_waited_for(lab: Lab, monkeypatch: pytest.MonkeyP
     assert await call == b'{"from":"host2"}'
 
 
+async def test_a_long_call_ends_when_the_peer_answers_nothing(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The links are cut while the peer builds its copy. Fails if the primary waits for the whole of `prepare`'s deadline."""
+    monkeypatch.setattr(peers_module, "SILENT_S", 0.5)
+    lab.core.hold = asyncio.Event()
+    relay = await lab.relay("127.0.0.2")
+    link = lab.link("127.0.0.2")
+    await until(lambda: link.reachable)
+    call = asyncio.create_task(link.call("prepare", timeout_s=300))
+    await until(lambda: ("host1", "prepare", b"") in lab.core.peer_calls)
+    begun = peers_module.boottime_s()
+    await until(lambda: (link.last_ok["127.0.0.2"] or 0) > begun + 0.6)
+    assert not call.done(), "its hellos were answered"
+    relay.cut = True
+    with pytest.raises(Unreachable, match="did not answer"):
+        await asyncio.wait_for(call, 10)
+
+
 async def test_the_servers_name_must_be_the_peers(lab: Lab) -> None:
     """A certificate of the same CA, of another host, on the peer's address."""
     imposter = config(lab.tmp, lab.pki.host("host3"), "host3", peers={"host1": Peer("host1", ("127.0.0.1",), 1)})

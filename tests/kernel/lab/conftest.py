@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -67,4 +68,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
             said = """tail -n 6 /var/log/libvirt/qemu/vm1.log; ip -s link; tc -s qdisc
                 journalctl -u mcft-agent -u 'mcft-gate@*' -o short-precise --no-hostname -q -n 60"""
             report.sections.append((f"{host}", host.sh(said, check=False) if host.on else "it is off"))
+        # A process that this kernel could not serve dies without a word of its own.
+        kernel = subprocess.run(["dmesg"], capture_output=True, text=True, check=False).stdout
+        report.sections.append(("kernel", "\n".join(kernel.splitlines()[-30:])))
     return report
