@@ -40,7 +40,7 @@ def test_what_an_older_instance_left_at_work_does_not_touch_a_newer_one() -> Non
     """A take-over that could not be cleaned up was still being gone on with after the domain was protected anew, and taken over
     back: it let the hook start the stale disk, while the guest ran on the other host.
 
-    Fails if `Core.protect_now` does not wait for `Life.at_rest`, and `Standby.go_on` insists on a gate that is ended.
+    Fails if `Protecting.now` does not wait for `Life.at_rest`, and `Standby.go_on` insists on a gate that is ended.
     """
     holds(
         [Fault(13.59, "libvirtd away", 1, 8000.0), Fault(2388.93, "mcft failover", 1)],
@@ -96,7 +96,7 @@ def test_a_guest_that_shut_itself_down_is_not_raised() -> None:
 def test_a_protect_that_failed_while_libvirtd_was_away_is_undone_all_the_same() -> None:
     """Its undo failed too, and nobody tried again: the guest stood for ever in the switch-over, or its disks kept mcft's nodes.
 
-    Fails if `Core.protect_now` does not call `undo_until_done`.
+    Fails if `Protecting.now` does not call `undo_until_done`.
     """
     for seed in (3, 13, 27):
         holds([Fault(522.9, "libvirtd away", 0, 410.0)], seeds=range(seed, seed + 1))
