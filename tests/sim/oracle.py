@@ -92,7 +92,8 @@ class Oracle:
         self.ended = False
         if self.lied or self.accepted_loss:
             self.accepted_loss = False
-            self.last = None
+            self.last = image.missed = None
+            image.torn = ""
             return
         self._truth(host, image, "was started from")
         other = host.other
