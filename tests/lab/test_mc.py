@@ -84,7 +84,7 @@ def test_take_over(loss: str, measure: Callable[[str, float], float]) -> None:
     at_s = H1.kill_qemu() if loss == "kill" else H1.power_off()
     until(guest_answers, 30, "the guest answers on host2")
     measure(f"mc: guest answers after {loss}", now() - at_s)
-    assert H2.await_took_over()["guest_running"]
+    H2.await_took_over()
     if loss == "power":
         H1.power_on()
         without_tls(H1)
@@ -119,7 +119,7 @@ def test_other_ways_to_libvirt(uri: str) -> None:
         H1.mcft("set", "vm1", "--delay", "200ms")
         until(lambda: H2.status()["survives_host_loss"], 10, "the standby is whole")
         H1.kill_qemu()
-        assert H2.await_took_over()["guest_running"]
+        H2.await_took_over()
         until(guest_answers, 30, "the guest answers on host2")
         H2.mcft("unprotect", "vm1")
 
@@ -144,7 +144,7 @@ def test_partition() -> None:
 def test_planned_switch() -> None:
     follow()
     H1.mcft("failover", "vm1")
-    assert H2.await_took_over()["guest_running"]
+    H2.await_took_over()
     H1.await_lost()
     assert guest_answers()
 
