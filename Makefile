@@ -8,7 +8,7 @@ SECONDS ?= 60
 
 help:
 	@echo 'make demo       lab, protect, power loss, take-over, protect back, planned switch home; ends with a table'
-	@echo 'make test       lint, unit tests, kernel tests, and the lab (root; installs what it needs by itself)'
+	@echo 'make test       lint, unit tests, kernel tests, the lab and 4 minutes of chaos (root; installs what it needs by itself)'
 	@echo 'make test-unit  under a minute, without root or libvirt'
 	@echo 'make test-kernel  the plug buffer, on user-mode Linux (root)'
 	@echo 'make test-rdma  the RDMA keepalive, in a VM (root)'
@@ -65,7 +65,7 @@ sim-errors: venv
 	$(RUN) -m tests.sim.errors
 
 # (Not yet the whole of test-kernel: its lab needs to be seen on a CI machine first.)
-test: lint test-unit test-sim test-lab test-plug
+test: lint test-unit test-sim test-lab test-plug chaos
 
 demo: venv
 	$(RUN) -m bench.demo
@@ -82,6 +82,7 @@ evidence: venv
 	$(RUN) -m tests.sim.run --steps 20000000
 	$(RUN) -m tests.sim.exhaustive --seconds 120
 	$(RUN) -m tests.sim.errors
+	$(RUN) -m bench.chaos --minutes 30
 	lab/lab up
 	MCFT_EVIDENCE=1 $(RUN) -m pytest tests/lab -v; status=$$?; lab/lab down; exit $$status
 
