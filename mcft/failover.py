@@ -14,7 +14,7 @@ from typing import Literal
 Qemu = Literal["unknown", "running", "gone", "shutdown"]
 Stream = Literal["alive", "overdue", "dead"]
 
-GATE_SILENT_MS = 3000.0  # (c): no keepalive, although checkpoints flow: the primary's gate does not come back. Or T, if that is more
+GATE_SILENT_MS = 3000.0  # (c): no keepalive, although checkpoints flow: the primary's gate does not come back; T, if more
 SHUTDOWN_WORD_MS = 3000.0  # after SHUTDOWN the agent has this long to say whether it was intended
 NO_STANDBY_ANY_MORE = ("not-whole", "given-up", "lost", "ended")
 OWN_DISK = "the primary's own disk"  # how a disk error of that side begins
