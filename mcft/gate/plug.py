@@ -24,6 +24,10 @@ class PlugSide:
         self._polled_ms = float("-inf")
         self._acted = False
 
+    @property
+    def stands(self) -> bool:
+        return bool(self.buffer.lines) and not self.buffer.broken
+
     def started(self) -> None:
         """A restarted gate: what the dead one held is dropped, nothing leaks."""
         state = self.gate.state

@@ -296,7 +296,7 @@ def protect(primary: Host, *more: str, timeout: float = 40.0) -> None:
     """Protect vm1 from where it runs. Where the agent does so by itself already, wait for that instead."""
     done = primary.mcft("protect", "vm1", "--to", other(primary).name, *more, check=False, timeout=timeout)
     if done.returncode:
-        by_itself = primary.state() in ("preparing", "syncing", "protected")
+        by_itself = primary.state() in AGAIN or "is busy: protect (" in done.stderr
         assert by_itself, f"mcft protect on {primary}: exit {done.returncode}\n{done.stdout[-1000:]}{done.stderr}"
     primary.await_state("protected", timeout=timeout)
     if "none" not in more:

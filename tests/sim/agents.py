@@ -211,6 +211,7 @@ class SimPool:
             if agent is None or not agent.alive or not agent.serving:
                 world.stream(number, host.other, refused, mine)
                 return
+            agent.on_death.append(lambda: world.stream(number, host.other, refused, mine) if host.other.up else None)
             world.at(0.05, agent, agent.serve, host.name, verb, body, answer)
 
         def answer(status: int, reply: bytes) -> None:

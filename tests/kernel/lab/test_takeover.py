@@ -110,7 +110,7 @@ def test_unprotect_with_traffic(load: Load) -> None:
     assert host.mcft("unprotect", "vm1", timeout=90).returncode == 0
     load.goes_on()
     report = load.observer.report()
-    print("beacons:", {key: report[key] for key in ("count", "missing", "violation_count")})
+    print("beacons:", {key: report[key] for key in ("count", "missing", "violation_count", "holes", "gaps")})
     assert report["missing"] == 0 and report["violation_count"] == 0
     assert pieces(host).strip() == "", pieces(host)
     load.finished(60)
