@@ -33,9 +33,9 @@ def vm1(the_lab: None) -> None:
     assert world.guest("beacon", str(BEACON_US)) == "ok"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def load(vm1: None) -> Iterator[Load]:
-    """One client's view of vm1: its connection and its writes go through every test with it."""
+    """One client's view of vm1: its connection and its writes go through every test of a file with it."""
     with watching() as made:
         yield made
 
