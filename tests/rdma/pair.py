@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 from gatelab import ROOT, UUID, AgentEnd, FakeQmp
 
 T = 2000.0  # the loss time: long, as this VM's code is slow; detection is told in ratios
-PATIENCE_S = 120.0
+PATIENCE_S = 60.0
 
 
 class Side:
@@ -59,15 +59,25 @@ class Side:
         self.armed = False
 
     def start(self) -> None:
+        """Until it is ready."""
+        self.begin()()
+
+    def begin(self) -> Callable[[], None]:
+        """Start the gate; what is returned waits until it is ready."""
         address = self.run_dir / "notify"
         address.unlink(missing_ok=True)
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready:
-            ready.bind(str(address))
-            ready.settimeout(PATIENCE_S)
-            environ = {**os.environ, "MCFT_RUN_DIR": str(self.run_dir), "NOTIFY_SOCKET": str(address)}
-            self.gate = subprocess.Popen([sys.executable, "-m", "mcft.gate", UUID], cwd=ROOT, env=environ)
-            assert b"READY" in ready.recv(100)
-        self.agent = AgentEnd(self.socket_path)
+        ready = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        ready.bind(str(address))
+        ready.settimeout(PATIENCE_S)
+        environ = {**os.environ, "MCFT_RUN_DIR": str(self.run_dir), "NOTIFY_SOCKET": str(address)}
+        self.gate = subprocess.Popen([sys.executable, "-m", "mcft.gate", UUID], cwd=ROOT, env=environ)
+
+        def wait() -> None:
+            with ready:
+                assert b"READY" in ready.recv(100)
+            self.agent = AgentEnd(self.socket_path)
+
+        return wait
 
     def arm(self) -> None:
         """As its agent does once armed(g) is durable."""
@@ -91,6 +101,10 @@ class Side:
     def memory_kib(self) -> int:
         """Resident, of both."""
         return sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in self.processes()) * 4
+
+    def files(self) -> int:
+        """Open, of both."""
+        return sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in self.processes())
 
     def hears_by_rdma(self) -> bool:
         row = self.rdma()
@@ -144,8 +158,8 @@ class Pair:
         self._stop = threading.Event()
 
     def __enter__(self) -> Pair:
-        for side in self.sides:
-            side.start()
+        for wait in [side.begin() for side in self.sides]:
+            wait()
         threading.Thread(target=self._agents, daemon=True).start()
         return self
 
@@ -183,8 +197,11 @@ class Pair:
         """Both directions alive, by RDMA."""
         for side in self.sides:
             until(side.hears_by_rdma, lambda: (self.primary.rdma(), self.standby.rdma(), self.refusals))
+        assert self.standby.agent is not None
         if not self.standby.armed:
             self.standby.arm()  # before, its silence would count
+        elif self.standby.status()["verdict"]:
+            self.standby.agent.ask("unclaim")  # as its agent does when the primary turns out to live
 
 
 def until(condition: Callable[[], Any], say: Callable[[], Any], patience_s: float = PATIENCE_S) -> Any:
@@ -192,5 +209,5 @@ def until(condition: Callable[[], Any], say: Callable[[], Any], patience_s: floa
     end = boottime_ms() + patience_s * 1000
     while not (found := condition()):
         assert boottime_ms() < end, say()
-        time.sleep(0.01)  # two slow CPUs, and the gates need them
+        time.sleep(0.05)  # two slow CPUs, and the gates need them
     return found

@@ -10,12 +10,11 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from fabric import A, B, Fabric, sh
+from fabric import A, B, End, Fabric, sh
 from pair import Pair, Side, T, until
 
 from mcft import rdmadevices
@@ -26,17 +25,15 @@ from mcft.gate.loop import boottime_ms
 EVIDENCE = bool(os.environ.get("MCFT_EVIDENCE"))
 
 
-def seen(
-    side: Side, since_ms: float, want: Callable[[dict[str, float]], bool], errors_before: int = 0
-) -> dict[str, float]:
-    """ms from an event to each sign at this side: the adapter's word, and a loss time of silence by RDMA and by UDP.
+def seen(side: Side, since_ms: float, want: set[str], errors_before: int) -> dict[str, float]:
+    """ms from an event to each sign wanted: "adapter" (its word), "rdma" and "udp" (a loss time of silence), "verdict".
 
     By the gate's own clock readings, so that a test that is itself held up does not spoil them; the verdict's is ours.
     """
     found: dict[str, float] = {}
     end_ms = boottime_ms() + 30_000
-    while not want(found):
-        assert boottime_ms() < end_ms, (found, side.status())
+    while not want <= set(found):
+        assert boottime_ms() < end_ms, (want - set(found), found, side.status())
         status = side.status()
         now_ms = boottime_ms() - since_ms
         for row in status["links"]:
@@ -47,7 +44,7 @@ def seen(
         if status["verdict"]:
             found.setdefault("verdict", now_ms)
         time.sleep(0.005)
-    return found
+    return {name: at for name, at in found.items() if name in want}
 
 
 def tell(what: str, found: dict[str, float]) -> None:
@@ -60,6 +57,35 @@ def resources() -> dict[str, int]:
     return {kind: len(sh(f"rdma resource show {kind}").splitlines()) for kind in ("qp", "cq", "mr", "pd")}
 
 
+# ---- bad input: refused with a sentence, nothing made (no gate runs yet) ----
+
+
+def refusal(device: str, pairs: list[tuple[str, str]] | None = None) -> Refused:
+    with pytest.raises(Refused) as caught:
+        asyncio.run(choose(device, pairs or [(A.address, B.address)]))
+    assert caught.value.exit_code == REFUSED
+    return caught.value
+
+
+def test_a_device_that_does_not_serve_is_refused(fabric: Fabric) -> None:
+    """Fails if any of these gets an RDMA keepalive, or words that do not name the device."""
+    before = resources()
+    assert "there is no RDMA device 'mlx9_0'. RDMA devices here: rxa, rxb" in str(refusal("mlx9_0"))
+    assert "RDMA device rxb has not the address 10.7.0.1" in str(refusal("rxb"))
+    found = asyncio.run(choose("rxa", [("192.0.2.1", "192.0.2.2"), (A.address, B.address)]))
+    assert found is not None and (found.device, found.local, found.peer) == ("rxa", A.address, B.address)
+    auto = asyncio.run(choose("auto", [("0.0.0.0", B.address)]))
+    assert auto is not None and auto.local == A.address and asyncio.run(choose("off", [(A.address, B.address)])) is None
+    assert rdmadevices.find(B.address).device == "rxb"
+    fabric.down(A)
+    assert refusal("rxa").code == "rdma-down" and "rxa port 1 is DOWN" in str(refusal("rxa"))
+    assert asyncio.run(choose("auto", [(A.address, B.address)])) is None
+    assert resources() == before
+
+
+# ---- two gates ----
+
+
 def test_the_lease_may_rest_on_rdma_alone_if_both_directions_live(fabric: Fabric) -> None:
     """No UDP datagram arrives. Fails if the region carries less than the datagram, or a write counts without its echo."""
     with Pair(udp=False) as pair:
@@ -69,43 +95,6 @@ def test_the_lease_may_rest_on_rdma_alone_if_both_directions_live(fabric: Fabric
         pair.standby.signal(signal.SIGSTOP, gate_only=True)
         until(lambda: not pair.primary.status()["lease"], pair.primary.status)
         assert not pair.primary.rdma()["detail"], "the other adapter goes on taking writes"
-
-
-def test_a_stopped_process_is_lost_though_writes_to_it_succeed(fabric: Fabric) -> None:
-    """Fails if the writer's success counts instead of the reader's age."""
-    with Pair() as pair:
-        pair.connected()
-        errors = pair.standby.rdma()["errors"]
-        pair.primary.signal(signal.SIGSTOP)
-        at_ms = boottime_ms()
-        found = seen(pair.standby, at_ms, lambda f: {"rdma", "udp", "verdict"} <= set(f))
-        tell("stopped", found)
-        assert pair.standby.rdma()["errors"] == errors and not pair.standby.rdma()["detail"]
-        verdict = pair.standby.status()["verdict"]
-        assert verdict["act"] == "claim" and "silent on every link" in verdict["reason"]
-
-
-def test_a_killed_process_is_told_by_the_adapter_first(fabric: Fabric) -> None:
-    """Fails if the retries are endless (7), or the adapter's word alone brings the verdict."""
-    with Pair() as pair:
-        pair.connected()
-        pair.primary.signal(signal.SIGKILL)
-        found = seen(pair.standby, boottime_ms(), lambda f: {"adapter", "rdma", "udp", "verdict"} <= set(f))
-        tell("killed", found)
-        assert found["adapter"] < found["udp"] and found["verdict"] >= T
-        assert "RDMA: RETRY_EXC_ERR" in pair.standby.status()["verdict"]["reason"]
-
-
-def test_link_down(fabric: Fabric) -> None:
-    """The standby's own carrier goes. Fails if its adapter's errors are not read, or it does not connect again."""
-    with Pair() as pair:
-        pair.connected()
-        fabric.down(B)
-        found = seen(pair.primary, boottime_ms(), lambda f: {"adapter", "rdma", "udp"} <= set(f))
-        tell("link down", found)
-        assert found["adapter"] < found["udp"]
-        fabric.mend()
-        pair.connected()
 
 
 @pytest.fixture(scope="module")
@@ -122,13 +111,17 @@ def pair(fabric: Fabric, lasting: Pair) -> Pair:
     return lasting
 
 
-def test_device_removed_costs_nothing_but_itself(fabric: Fabric, pair: Pair) -> None:
-    """Fails if the loss of the device is taken for the peer's, or the new device is not used."""
-    errors = pair.standby.rdma()["errors"]
-    fabric.remove_device(A)
-    found = seen(pair.standby, boottime_ms(), lambda f: {"adapter", "rdma"} <= set(f), errors)
-    tell("device removed", found)
-    until(lambda: "no RDMA device here has the address 10.7.0.1" in pair.primary.rdma()["detail"], pair.primary.rdma)
+@pytest.mark.parametrize("gone", [A, B], ids=["the primary's", "the standby's"])
+def test_device_removed_costs_nothing_but_itself(fabric: Fabric, pair: Pair, gone: End) -> None:
+    """Fails if the loss of the device is taken for the peer's, if nobody says which side has none, or if the new one is not
+    used."""
+    other = pair.standby if gone is A else pair.primary
+    errors = other.rdma()["errors"]
+    fabric.remove_device(gone)
+    found = seen(other, boottime_ms(), {"adapter", "rdma"}, errors)
+    tell(f"device {gone.device} removed", found)
+    words = f"no RDMA device here has the address {gone.address}"  # the standby's refusal reaches the primary
+    until(lambda: words in pair.primary.rdma()["detail"], pair.primary.rdma)
     for side in pair.sides:
         status = side.status()
         assert status["verdict"] is None and status["links"][0]["age_ms"] < T
@@ -156,22 +149,58 @@ def test_thirty_percent_lost(fabric: Fabric, pair: Pair) -> None:
     pair.connected()
 
 
-@pytest.mark.parametrize("who", ["primary", "standby"])
-def test_connected_again_after_a_gates_restart(pair: Pair, who: str) -> None:
-    """Fails if a gate keeps a queue pair whose peer is gone, or the verbs process of the dead one goes on."""
-    side: Side = getattr(pair, who)
-    _, verbs = side.processes()
-    side.kill()
-    until(lambda: not Path(f"/proc/{verbs}").exists(), lambda: "the verbs process outlives its gate")
-    side.start()
-    pair.connected()
-
-
 def test_its_verbs_process_may_die(pair: Pair) -> None:
     """Fails if the gate goes with it, or does not start it anew."""
     before = pair.standby.rdma()["connections"]
     os.kill(pair.standby.processes()[1], signal.SIGKILL)
     until(lambda: pair.standby.rdma()["connections"] > before, pair.standby.rdma)
+    pair.connected()
+
+
+def test_a_killed_process_is_told_by_the_adapter_first(pair: Pair) -> None:
+    """Fails if the retries are endless (7), the adapter's word alone brings the verdict, or a gate keeps a queue pair whose
+    peer is gone. The gate alone is killed: its verbs process has to go by itself."""
+    errors, verbs = pair.standby.rdma()["errors"], pair.primary.processes()[1]
+    pair.primary.kill()
+    found = seen(pair.standby, boottime_ms(), {"adapter", "rdma", "udp", "verdict"}, errors)
+    tell("killed", found)
+    assert "RDMA: RETRY_EXC_ERR" in pair.standby.status()["verdict"]["reason"], "the adapter's word came first"
+    assert found["verdict"] >= max(found["udp"], found["rdma"]), "the verdict wants silence"
+    assert not Path(f"/proc/{verbs}").exists(), "the verbs process outlives its gate"
+    pair.primary.start()
+    pair.connected()
+
+
+def test_a_stopped_process_is_lost_though_writes_to_it_succeed(pair: Pair) -> None:
+    """Fails if the writer's success counts instead of the reader's age."""
+    errors = pair.standby.rdma()["errors"]
+    pair.primary.signal(signal.SIGSTOP)
+    try:
+        found = seen(pair.standby, boottime_ms(), {"rdma", "udp", "verdict"}, errors)
+        tell("stopped", found)
+        assert pair.standby.rdma()["errors"] == errors and not pair.standby.rdma()["detail"]
+        verdict = pair.standby.status()["verdict"]
+        assert verdict["act"] == "claim" and "silent on every link" in verdict["reason"]
+    finally:
+        pair.primary.signal(signal.SIGCONT)
+    pair.connected()
+
+
+def test_connected_again_after_the_standbys_restart(pair: Pair) -> None:
+    """Fails if the primary's gate keeps a queue pair whose peer is gone, and writes nowhere."""
+    pair.standby.kill()
+    pair.standby.start()
+    pair.connected()
+
+
+def test_link_down(fabric: Fabric, pair: Pair) -> None:
+    """The standby's own carrier goes. Fails if its adapter's errors are not read, or it does not connect again."""
+    errors = pair.primary.rdma()["errors"]
+    fabric.down(B)
+    found = seen(pair.primary, boottime_ms(), {"adapter", "rdma", "udp"}, errors)
+    tell("link down", found)
+    assert found["adapter"] < found["udp"]
+    fabric.mend()
     pair.connected()
 
 
@@ -189,6 +218,7 @@ def test_nothing_grows(fabric: Fabric, pair: Pair) -> None:
 
     again()  # whatever is made once
     then, memory = resources(), [side.memory_kib() for side in pair.sides]
+    files, connections = [side.files() for side in pair.sides], pair.primary.rdma()["connections"]
     end_ms, rounds = boottime_ms() + (600_000 if EVIDENCE else 3_000), 0
     while boottime_ms() < end_ms or rounds < 3:
         if rounds < 3 or rounds % 10 == 0:
@@ -196,10 +226,12 @@ def test_nothing_grows(fabric: Fabric, pair: Pair) -> None:
         rounds += 1
         time.sleep(1.0)
     grown = [side.memory_kib() - before for side, before in zip(pair.sides, memory, strict=True)]
-    print(f"\n{then} then, {resources()} now; memory grew by {grown} KiB", flush=True)
-    assert resources() == then and max(grown) < 2048
+    connections = pair.primary.rdma()["connections"] - connections
+    print(f"\n{then} then, {resources()} now, after {connections} connections; memory grew by {grown} KiB", flush=True)
+    assert resources() == then and max(grown) < 2048 and [side.files() for side in pair.sides] == files
 
 
+@pytest.mark.evidence
 def test_what_it_costs(fabric: Fabric) -> None:
     """20 keepalives a second each way: CPU of both processes with it, and of the gate alone without."""
     spent: dict[str, float] = {}
@@ -212,37 +244,3 @@ def test_what_it_costs(fabric: Fabric) -> None:
             spent[name] = (pair.primary.cpu_ms() - before) / (boottime_ms() - at_ms) * 100
     print("\nCPU of one core: " + ", ".join(f"{name} {share:.1f} %" for name, share in spent.items()), flush=True)
     assert spent["udp and rdma"] < 4 * spent["udp"] + 5
-
-
-# ---- bad input: refused with a sentence, nothing made ----
-
-
-def refusal(device: str, pairs: list[tuple[str, str]] | None = None) -> Refused:
-    with pytest.raises(Refused) as caught:
-        asyncio.run(choose(device, pairs or [(A.address, B.address)]))
-    assert caught.value.exit_code == REFUSED
-    return caught.value
-
-
-def test_a_device_that_does_not_serve_is_refused(fabric: Fabric) -> None:
-    """Fails if any of these gets an RDMA keepalive, or words that do not name the device."""
-    before = resources()
-    assert "there is no RDMA device 'mlx9_0'. RDMA devices here: rxa, rxb" in str(refusal("mlx9_0"))
-    assert "RDMA device rxb has not the address 10.7.0.1" in str(refusal("rxb"))
-    found = asyncio.run(choose("rxa", [("192.0.2.1", "192.0.2.2"), (A.address, B.address)]))
-    assert found is not None and (found.device, found.local, found.peer) == ("rxa", A.address, B.address)
-    auto = asyncio.run(choose("auto", [("0.0.0.0", B.address)]))
-    assert auto is not None and auto.local == A.address and asyncio.run(choose("off", [(A.address, B.address)])) is None
-    assert rdmadevices.find(B.address).device == "rxb"
-    fabric.down(A)
-    assert refusal("rxa").code == "rdma-down" and "rxa port 1 is DOWN" in str(refusal("rxa"))
-    assert asyncio.run(choose("auto", [(A.address, B.address)])) is None
-    assert resources() == before
-
-
-def test_a_peer_without_a_device_leaves_udp_and_says_so(fabric: Fabric) -> None:
-    """Fails if a gate that can't be connected says nothing, or takes that for a loss."""
-    with Pair(devices=("auto", "rxa")) as pair:
-        until(lambda: "RDMA device rxa has not the address 10.7.0.2" in pair.primary.rdma()["detail"], pair.primary.rdma)
-        status: dict[str, Any] = pair.primary.status()
-        assert status["verdict"] is None and status["links"][0]["age_ms"] < T
