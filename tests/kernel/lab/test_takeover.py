@@ -1,7 +1,7 @@
 """The kernel's plug under a real QEMU guest, seen from outside: one client through everything that happens to vm1.
 
-Everything takes some five times as long over there as on the machine itself: libvirt asks a new QEMU some 400 questions, which that one
-reads byte by byte at some twenty system calls each (`lab/clock.c`), and a gate's start takes 2 s. So T is 6 s there.
+Everything takes some five times as long over there as on the machine itself: libvirt asks a new QEMU some 400 questions,
+which that one reads byte by byte at some twenty system calls each (`lab/clock.c`), and a gate's start takes 2 s. So T is 6 s.
 
 MCFT_EVIDENCE=1: five take-overs instead of two. MCFT_SEED repeats the random moments.
 """
