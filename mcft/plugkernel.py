@@ -23,7 +23,7 @@ from mcft.plugwire import Line
 CLONE_NEWNET = 0x40000000  # unshare(2)
 ANSWER_S = 2.0
 DRAIN_MS = 200.0
-LAST_DRAIN_MS = 2000.0  # nothing comes in any more: as long as a loaded host's ksoftirqd may take
+LAST_DRAIN_MS = 2000.0  # nothing comes in any more: as long as a loaded host's ksoftirqd may be kept waiting
 
 
 class Netlink:
@@ -82,11 +82,16 @@ def queues(link: Netlink, index: int) -> list[wire.Queue]:
     return [queue for queue in found if queue.index == index]
 
 
-def drain(link: Netlink, index: int, most_ms: float = DRAIN_MS) -> None:
-    """Wait until nothing waits in this IFB, neither in its qdiscs nor behind them, at most so long. (An IFB has queues of its
-    own: what is in there would be overtaken once the redirect has gone, and lost with the IFB.)"""
-    end = time.monotonic() + most_ms / 1000
-    while time.monotonic() < end and (any(q.packets for q in queues(link, index)) or seen(link, index).inside > 0):
+def drain(link: Netlink, index: int, patience_ms: float = DRAIN_MS) -> None:
+    """Wait until nothing waits in this IFB, neither in its qdiscs nor behind them, for as long as it gets less. (An IFB has
+    queues of its own: what is in there would be overtaken once the redirect has gone, and lost with the IFB.)"""
+    least, end = float("inf"), time.monotonic() + patience_ms / 1000
+    while time.monotonic() < end:
+        left = sum(q.packets for q in queues(link, index)) + max(0, seen(link, index).inside)
+        if not left:
+            return
+        if left < least:
+            least, end = left, time.monotonic() + patience_ms / 1000
         time.sleep(0.0005)
 
 

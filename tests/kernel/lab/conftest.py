@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "lab"))
 import world
 from watching import Load, watching
 
-# Engine mc's story has not been seen green yet on this slow kernel: by name, or with MCFT_EVIDENCE=1.
+# Engine mc's story can't be told whole on this kernel (its first lines say why): by name, or with MCFT_EVIDENCE=1.
 collect_ignore = [] if os.environ.get("MCFT_EVIDENCE") else ["test_mc.py"]
 BEACON_US = 50_000  # a beacon every ms, the lab's own, keeps this kernel's one CPU busy with the guest alone
 
