@@ -98,9 +98,9 @@ class Side:
         fields = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in self.processes()]
         return sum(int(f[11]) + int(f[12]) for f in fields) * 1000 / os.sysconf("SC_CLK_TCK")
 
-    def memory_kib(self) -> int:
-        """Resident, of both."""
-        return sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in self.processes()) * 4
+    def memory_kib(self) -> list[int]:
+        """Resident, of each."""
+        return [int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4 for pid in self.processes()]
 
     def files(self) -> int:
         """Open, of both."""
