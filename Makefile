@@ -8,9 +8,9 @@ SECONDS ?= 60
 
 help:
 	@echo 'make demo       lab, protect, power loss, take-over, protect back, planned switch home; ends with a table'
-	@echo 'make test       lint, unit tests, kernel tests, and the lab (root; installs what it needs by itself)'
+	@echo 'make test       lint, unit tests, kernel tests, the lab and 4 minutes of chaos (root; installs what it needs by itself)'
 	@echo 'make test-unit  under a minute, without root or libvirt'
-	@echo 'make test-kernel  the plug buffer, on user-mode Linux (root)'
+	@echo 'make test-kernel  the plug buffer: on real qdiscs, then under the whole lab, on user-mode Linux (root)'
 	@echo 'make test-rdma  the RDMA keepalive, in a VM (root)'
 	@echo 'make sim        the protocol in a simulated world: SECONDS=60, and SEED=n replays one (docs/correctness.md)'
 	@echo 'make bench      the figures, as ratios within one run'
@@ -42,7 +42,7 @@ test-plug: venv
 
 # Then under a real guest: the whole lab over there.
 test-kernel: test-plug
-	MCFT_UML_TIMEOUT_S=1500 lab/uml --lab $(CURDIR)/$(RUN) -m pytest tests/kernel/lab -v -p no:cacheprovider
+	MCFT_UML_TIMEOUT_S=1200 lab/uml --lab $(CURDIR)/$(RUN) -m pytest tests/kernel/lab -v -p no:cacheprovider
 
 # The RDMA keepalive, on rxe in a VM (QEMU without KVM): kernel and pyverbs fetched once by apt into lab/.cache. Root. Four minutes.
 test-rdma: venv
@@ -64,8 +64,9 @@ sim-exhaustive: venv
 sim-errors: venv
 	$(RUN) -m tests.sim.errors
 
-# (Not yet the whole of test-kernel: its lab needs to be seen on a CI machine first.)
-test: lint test-unit test-sim test-lab test-plug test-rdma
+# (Not yet: test-kernel's lab, 6 to 9 minutes, and test-rdma, 4 to 5. Both were green here twice in a row; they join once what is
+# in the main was seen on a CI machine.)
+test: lint test-unit test-sim test-lab test-plug chaos
 
 demo: venv
 	$(RUN) -m bench.demo
@@ -82,6 +83,7 @@ evidence: venv
 	$(RUN) -m tests.sim.run --steps 20000000
 	$(RUN) -m tests.sim.exhaustive --seconds 120
 	$(RUN) -m tests.sim.errors
+	$(RUN) -m bench.chaos --minutes 30
 	lab/lab up
 	MCFT_EVIDENCE=1 $(RUN) -m pytest tests/lab -v; status=$$?; lab/lab down; exit $$status
 

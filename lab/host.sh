@@ -50,7 +50,7 @@ mcft_files() {
     sed -e "s/@NAME@/$(hostname_of "$n")/g" -e "s/@PEER@/$(hostname_of "$o")/g" -e "s/@REP@/$(rep_ip "$n")/g" -e "s/@LAN@/$(lan_ip "$n")/g" \
         -e "s/@PEER_REP@/$(rep_ip "$o")/g" -e "s/@PEER_LAN@/$(lan_ip "$o")/g" "$LAB/files/mcft.toml.in" > "$r/etc/mcft/mcft.toml"
     # (A gate's restart has to fit in, which takes Python 2 s over there.)
-    [ "$SLOW" = 1 ] || printf '\n[keepalive]\nloss = "%sms"\n' $((800 * SLOW)) >> "$r/etc/mcft/mcft.toml"
+    [ "$SLOW" = 1 ] || printf '\n[keepalive]\nloss = "%sms"\n' $((1200 * SLOW)) >> "$r/etc/mcft/mcft.toml"
     # a test's own, which is to outlive a power cut
     [ ! -e "$STATE/$n/mcft.toml" ] || cp "$STATE/$n/mcft.toml" "$r/etc/mcft/mcft.toml"
     if [ -e "$REPO/mcft/hook.sh" ]; then install -m 755 "$REPO/mcft/hook.sh" "$r/etc/libvirt/hooks/qemu"; else rm -f "$r/etc/libvirt/hooks/qemu"; fi

@@ -14,7 +14,7 @@ from typing import Literal
 Qemu = Literal["unknown", "running", "gone", "shutdown"]
 Stream = Literal["alive", "overdue", "dead"]
 
-GATE_SILENT_MS = 3000.0  # (c): no keepalive, although checkpoints flow: the primary's gate does not come back
+GATE_SILENT_MS = 3000.0  # (c): no keepalive, although checkpoints flow: the primary's gate does not come back; T, if more
 SHUTDOWN_WORD_MS = 3000.0  # after SHUTDOWN the agent has this long to say whether it was intended
 NO_STANDBY_ANY_MORE = ("not-whole", "given-up", "lost", "ended")
 OWN_DISK = "the primary's own disk"  # how a disk error of that side begins
@@ -169,10 +169,12 @@ def _standby(view: View, settings: Settings) -> Verdict:
             Act.CLAIM,
             f"the primary is silent on every link for {view.silent_ms:.0f} ms and the stream is {stream}{_adapter(view)}",
         )
-    if view.silent_ms > GATE_SILENT_MS and stream == "alive":
+    gate_silent_ms = max(GATE_SILENT_MS, settings.loss_ms)
+    if view.silent_ms > gate_silent_ms and stream == "alive":
         if not view.lan_ok:
             return Verdict(Act.ALARM, "the primary's gate is gone, but this host's own LAN does not answer")
-        return Verdict(Act.CLAIM, "no keepalive for 3 s although checkpoints flow: the primary's gate is gone")
+        silence = f"no keepalive for {gate_silent_ms / 1000:g} s"
+        return Verdict(Act.CLAIM, f"{silence} although checkpoints flow: the primary's gate is gone")
     return Verdict(Act.WAIT, f"stream {stream}")
 
 

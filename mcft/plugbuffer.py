@@ -111,8 +111,11 @@ class PlugBuffer:
         self.mode, self.outstanding = "pass", False
 
     def close(self) -> None:
-        """Nothing leaves until `open` or `reopen`; what is held stays in the kernel."""
-        self.mode, self.taps_up = "closed", False
+        """Nothing leaves until `open` or `reopen`; what is held, and comes meanwhile, stays in the kernel.
+
+        The taps are set down only where the buffer is broken.
+        """
+        self.mode, self.taps_up = "closed", self.taps_up and not self.broken
 
     def reopen(self) -> None:
         """Hold again: the close is taken back."""

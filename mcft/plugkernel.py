@@ -23,6 +23,7 @@ from mcft.plugwire import Line
 CLONE_NEWNET = 0x40000000  # unshare(2)
 ANSWER_S = 2.0
 DRAIN_MS = 200.0
+LAST_DRAIN_MS = 2000.0  # nothing comes in any more: as long as a loaded host's ksoftirqd may be kept waiting
 
 
 class Netlink:
@@ -81,11 +82,16 @@ def queues(link: Netlink, index: int) -> list[wire.Queue]:
     return [queue for queue in found if queue.index == index]
 
 
-def drain(link: Netlink, index: int) -> None:
-    """Wait until nothing waits in this IFB, neither in its qdiscs nor behind them, at most 200 ms. (An IFB has queues of its
-    own: what is in there would be overtaken once the redirect has gone, and lost with the IFB.)"""
-    end = time.monotonic() + DRAIN_MS / 1000
-    while time.monotonic() < end and (any(q.packets for q in queues(link, index)) or seen(link, index).inside > 0):
+def drain(link: Netlink, index: int, patience_ms: float = DRAIN_MS) -> None:
+    """Wait until nothing waits in this IFB, neither in its qdiscs nor behind them, for as long as it gets less. (An IFB has
+    queues of its own: what is in there would be overtaken once the redirect has gone, and lost with the IFB.)"""
+    least, end = float("inf"), time.monotonic() + patience_ms / 1000
+    while time.monotonic() < end:
+        left = sum(q.packets for q in queues(link, index)) + max(0, seen(link, index).inside)
+        if not left:
+            return
+        if left < least:
+            least, end = left, time.monotonic() + patience_ms / 1000
         time.sleep(0.0005)
 
 
@@ -224,7 +230,7 @@ def remove(link: Netlink, tap: str, *, drop: bool = False) -> None:
         return
     with contextlib.suppress(OSError):
         if not drop:
-            drain(link, ifb_index)
+            drain(link, ifb_index, LAST_DRAIN_MS)
         if "ifb" in found:
             for made in (wire.delete_clsact(ifb_index), wire.delete_root(ifb_index)):
                 with contextlib.suppress(OSError):

@@ -225,6 +225,26 @@ MUTANTS = [
         "        if self._dead:\n            return []\n        self._capture += 1",
         "commit.py::test_captures_that_began_before_the_hold_do_not_count",
     ),
+    Mutant(
+        "engine mc: the acknowledgement that lets nothing leave is asked for", "mcft/engines/mcsession.py",
+        "if wanted is None or count + 1 < wanted:", "if False:",
+        "mcsession.py::test_every_second_checkpoint_releases_and_few_questions_are_asked",
+    ),
+    Mutant(
+        "a guest that was resumed on a null node is not told of", "mcft/diskreplica.py",
+        'if running and await qmp.status() == "running":', "if False:",
+        "diskreplica.py::test_a_guest_that_somebody_resumed_on_a_null_node_is_told_of",
+    ),
+    Mutant(
+        "a label that a full disk kept back stays away", "mcft/agent/peerverbs.py",
+        "            life.recompute_labels()", "            pass",
+        "labels.py::test_a_label_that_a_full_disk_kept_back_is_written_before_it_is_asked_for",
+    ),
+    Mutant(
+        "a guest's shutdown that only libvirt heard counts as a death", "mcft/agent/decisions.py",
+        "if self.libvirts_word.shut_down_by_guest():  # its gate", "if False:  # its gate",
+        "decisions.py::test_a_guest_that_shut_itself_down_while_its_gate_was_gone_is_not_raised",
+    ),
     # ---- the watcher ----
     Mutant(
         "one silent link counted as the peer's loss", "mcft/gate/core.py",

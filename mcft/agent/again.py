@@ -81,7 +81,7 @@ class Again:
 
         async def work(job: JobHandle) -> str:
             try:
-                return await self.core.protect_now(request, job)
+                return await self.core.protecting.now(request, job)
             except McftError as error:
                 # (Not awaited: an undo that has to be repeated may take as long as libvirtd is away.)
                 self.site.spawn(self._failed_once_back(body, error), f"protecting {body.domain} again failed")

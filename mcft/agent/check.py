@@ -35,7 +35,8 @@ UNBUFFERED = "after a take-over somebody may have read there what the guest does
 
 
 async def refuse_engine(life: Primary) -> None:
-    """Raises: Refused ("engine") if the domain's QEMU can't be checkpointed."""
+    """Raises: Refused ("engine", "libvirt-uri") if the domain's QEMU can't be checkpointed, or not by this way to it."""
+    checkpeer.refuse_remote_libvirt(life.site.config.name, life.site.config.libvirt_uri, life.body.engine)
     if refusal := await life.engine.unsupported(life.qmp):
         raise Refused("engine", f"{life.body.domain} can't be protected", refusal)
 
@@ -104,10 +105,10 @@ class Checker:
         """Whether there is anything to look at: it is not protected yet, by nobody, and it runs."""
         life = self.core.lives.get(info.uuid)
         try:
-            if life is not None and self.core.already(life, self.request):
+            if life is not None and self.core.protecting.already(life, self.request):
                 self.findings.ok("already", f"{info.name} is protected to {self.peer} already: `protect` would do nothing")
                 return False
-            self.life = await self.core.candidate(self.request, 1)
+            self.life = await self.core.protecting.candidate(self.request, 1)
         except Refused as refusal:
             if refusal.code != "device-not-protectable":
                 self.findings.refuse(refusal)
@@ -151,7 +152,7 @@ class Checker:
         else:
             self._see_disks(live)
         if life.body.engine != "mc" and not domainxml.disk_refusals(live):
-            disks = await findings.tried(self.core.disks_of(life))
+            disks = await findings.tried(self.core.protecting.disks_of(life))
             if disks is not None:
                 life.body.disks = disks
                 findings.ok("disks", f"disks that follow: {', '.join(d.target for d in disks) or 'none'}")

@@ -13,6 +13,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -94,6 +95,23 @@ async def refuse_unfit(core: Core, peer: str, request: model.Prepare) -> None:
     scene = Scene(core, peer, request)
     for check in FITS:
         await check(scene)
+
+
+def refuse_remote_libvirt(host: str, uri: str, engine: str) -> None:
+    """Raises: Refused for a way to libvirt that carries no descriptors, where the engine hands some over to QEMU."""
+    if engine != "mc" and urlsplit(uri).scheme.partition("+")[2] not in ("", "unix"):
+        raise Refused(
+            "libvirt-uri", f"{host} speaks to libvirt by {uri}",
+            "with stock QEMU mcft hands descriptors over, and only libvirt's own socket carries them",
+            "set [agent] libvirt_uri to qemu:///system or qemu+unix:///system?socket=PATH",
+        )  # fmt: skip
+
+
+async def way_to_libvirt(scene: Scene) -> Finding:
+    """Whether this host's libvirt is reached as the engine needs it."""
+    uri = scene.site.config.libvirt_uri
+    refuse_remote_libvirt(scene.host, uri, scene.request.engine)
+    return Finding("ok", "libvirt", f"{scene.host} speaks to libvirt by {uri}")
 
 
 async def machine(scene: Scene) -> Finding:
@@ -352,4 +370,6 @@ def host_cpu(path: str = "/proc/cpuinfo") -> tuple[str, str]:
     return found.get("model name", ""), " ".join(sorted(found.get("flags", "").split()))
 
 
-FITS: tuple[Callable[[Scene], Awaitable[Finding | None]], ...] = (machine, files, cpu, networks, memory, room, rdma_keepalive)
+FITS: tuple[Callable[[Scene], Awaitable[Finding | None]], ...] = (
+    way_to_libvirt, machine, files, cpu, networks, memory, room, rdma_keepalive
+)  # fmt: skip

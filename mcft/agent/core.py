@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
 
-from mcft import api, diskreplica, generations
-from mcft.agent import buffers, check, coldstart, domainxml, maintenance, mccheck, model, protection, standby, statusview
+from mcft import api
+from mcft.agent import check, maintenance, model, standby, statusview
+from mcft.agent.acts import Acts
 from mcft.agent.ends import DESTROYED
 from mcft.agent.events import EventLog
 from mcft.agent.hook import boot_id
-from mcft.agent.jobs import JobHandle, Jobs
+from mcft.agent.jobs import Jobs
 from mcft.agent.peerverbs import PeerVerbs
+from mcft.agent.protecting import Protecting
 from mcft.agent.protection import Primary
 from mcft.agent.site import Life, Site, log, stored_ledger
 from mcft.agent.standby import Standby
 from mcft.config import ARBITERS
-from mcft.configvalues import rdma_device
-from mcft.diskreplica import Disk
-from mcft.errors import Failed, McftError, NotFound, Refused, Remains, TimedOut, Unreachable, Usage
+from mcft.errors import Failed, McftError, NotFound, Refused, Usage
 from mcft.generations import Kind, Ledger
-from mcft.libvirt_bridge import DomainInfo
 from mcft.units import DELAY_MAX_MS, DELAY_MIN_MS
 
-TAKEN_WITHIN_S = 30.0
-AT_REST_WITHIN_S = 10.0  # how long a new protection waits for what came before it
 OWNER_STATES = ("solo", "active", "stopped", "unprotected")
 
 
@@ -40,6 +35,8 @@ class Core:
         self.lives: dict[str, Life] = {}
         site.ports.held = self._ports
         self.peer_verbs = PeerVerbs(self)
+        self.protecting = Protecting(self)
+        self.acts = Acts(self)
 
     @property
     def jobs(self) -> Jobs:
@@ -146,14 +143,14 @@ class Core:
 
     # ---- what operators ask ----
 
-    def _find(self, domain: str) -> Life:
+    def find(self, domain: str) -> Life:
         for life in self.lives.values():
             if domain in (life.body.domain, life.body.uuid):
                 return life
         raise NotFound("not-protected", f"no protection of '{domain}' on this host", "", f"mcft protect {domain} --to PEER")
 
     async def status(self, domain: str | None) -> api.Status:
-        lives = [self._find(domain)] if domain else sorted(self.lives.values(), key=lambda life: life.body.domain)
+        lives = [self.find(domain)] if domain else sorted(self.lives.values(), key=lambda life: life.body.domain)
         views = [await self._view(life) for life in lives]
         return api.Status(self.site.config.name, views, maintenance=self.site.maintenance)
 
@@ -168,16 +165,16 @@ class Core:
         return statusview.protection(
             life.body, life.ledger, gate, self.jobs.running(life.body.domain), self.events.last(life.body.domain),
             self.site.versions, running if life.body.role == "primary" else False,
-            self.site.config.name, self.site.maintenance, self._hello_of(life.body.peer).maintenance,
+            self.site.config.name, self.site.maintenance, self.hello_of(life.body.peer).maintenance,
             life.arbiter.status(self._peers_arbiter(life)),
         )  # fmt: skip
 
     def _peers_arbiter(self, life: Life) -> bool | None:
         """Whether the other host says that the arbiter could decide there; None where it says nothing."""
-        said = self._hello_of(life.body.peer).arbiters.get(life.body.pid)
+        said = self.hello_of(life.body.peer).arbiters.get(life.body.pid)
         return None if said is None else not said
 
-    def _hello_of(self, peer: str) -> model.Hello:
+    def hello_of(self, peer: str) -> model.Hello:
         """What the peer last said of itself; nothing where it is silent or not configured any more."""
         link = self.site.peers.get(peer)
         return msgspec.json.decode(link.last_hello, type=model.Hello) if link and link.last_hello else model.Hello()
@@ -185,208 +182,25 @@ class Core:
     def peers(self) -> api.Peers:
         rows = []
         for name, link in self.site.peers.items():
-            hello = self._hello_of(name)
+            hello = self.hello_of(name)
             addresses = list(link.peer.addresses)
             rows.append(api.PeerBody(name, addresses, link.reachable, hello.mcft, link.detail, hello.maintenance))
         return api.Peers(self.site.config.name, rows)
 
     async def protect(self, request: api.ProtectRequest) -> api.JobBody:
         """Refuse what can be refused now; the rest is a job."""
-        info = await self.named(request)
-        life = self.lives.get(info.uuid)
-        if life is not None and (answer := self.already(life, request)):
-            return self.jobs.start("protect", info.name, _done(answer), request.key)
-
-        async def work(job: JobHandle) -> str:
-            return await self.protect_now(request, job)
-
-        return self.jobs.start("protect", info.name, work, request.key)
-
-    async def named(self, request: api.ProtectRequest) -> DomainInfo:
-        """The domain, if the request's words are sound and the peer is one. Raises: Usage, Refused, NotFound."""
-        if not DELAY_MIN_MS <= request.delay_ms <= DELAY_MAX_MS:
-            raise Usage("bad-delay", f"a delay of {request.delay_ms} ms is out of range", "10ms to 10s", "--delay 100ms")
-        try:
-            rdma_device(request.rdma_device or "auto")
-        except ValueError as error:
-            raise Usage("bad-rdma-device", f"--rdma-device {error}") from None
-        if request.netbuffer == "qemu" and not request.experimental:
-            raise Refused(
-                "experimental", "netbuffer qemu was never seen at work", "no kernel with sch_plug was at hand for that QEMU",
-                "add --experimental, or use --netbuffer plug",
-            )  # fmt: skip
-        self.site.peer(request.to)
-        if self.site.maintenance:
-            raise maintenance.refuse(self.site.config.name)
-        return await self.site.host.info(request.domain)
+        return await self.protecting.begin(request)
 
     async def check(self, request: api.ProtectRequest) -> api.Check:
         """What `protect` would refuse and warn of. Raises: Usage, Refused, NotFound; changes nothing."""
-        return await check.Checker(self, request).run(await self.named(request))
-
-    def already(self, life: Life, request: api.ProtectRequest) -> str:
-        """Empty if this protection may be made (anew), "already" if it is there. Raises: Refused."""
-        body = life.body
-        if body.state in ("solo", "active", "stopped", "failed", "unprotected") and body.role == "primary":
-            return ""
-        if body.role == "standby" or body.state == "lost":
-            raise Refused(
-                "not-primary", f"{body.domain} is led by {body.peer}", f"here it is {body.state}", f"run this on {body.peer}"
-            )  # fmt: skip
-        if body.peer != request.to:
-            raise Refused(
-                "other-peer", f"{body.domain} is protected to {body.peer} already", "", f"mcft unprotect {body.domain} first"
-            )  # fmt: skip
-        other_rdma = request.rdma_device not in ("", body.rdma_asked)
-        if body.delay_ms != request.delay_ms or request.netbuffer not in ("auto", body.buffer_asked) or other_rdma:
-            raise Refused(
-                "other-settings", f"{body.domain} is protected to {body.peer} with other settings",
-                f"delay {body.delay_ms} ms, buffer {body.buffer_asked}", f"mcft set {body.domain} --delay {request.delay_ms}ms",
-            )  # fmt: skip
-        if request.arbiter not in (None, body.arbiter):
-            raise Refused(
-                "other-settings", f"{body.domain} is protected to {body.peer} with arbiter {body.arbiter}",
-                "the arbiter is changed only with a generation",
-                f"mcft unprotect {body.domain}, then: mcft protect {body.domain} --to {body.peer} --arbiter {request.arbiter}",
-            )  # fmt: skip
-        if body.state == "protected":
-            return "already"
-        raise Refused("busy", f"{body.domain} is {body.state}", body.reason, f"mcft wait {body.domain} --for protected")
-
-    async def protect_now(self, request: api.ProtectRequest, job: JobHandle) -> str:
-        """Look, refuse, set up. Everything before the first step changes nothing."""
-        job.step("look at the domain and at the peer")
-        peer, config = request.to, self.site.config
-        domain = await self.site.host.info(request.domain)
-        theirs = await self.site.ask(peer, "records", model.About(domain.uuid, domain=domain.name), model.Records, 5.0)
-        previous = self.lives.get(domain.uuid)
-        at_rest = previous is None or await previous.at_rest(AT_REST_WITHIN_S)
-        previous = self.lives.get(domain.uuid)  # (an undo that had to be repeated puts back what was before it)
-        if previous is not None and not at_rest:
-            raise Refused(
-                "not-settled", f"what came before is not over yet for {domain.name}: it is {previous.body.state}",
-                previous.body.reason, f"mcft events {domain.name}; then try again",
-            )  # fmt: skip
-        if theirs.maintenance:
-            raise maintenance.refuse(peer)
-        if theirs.running:
-            raise Refused("runs-there", f"{domain.name} runs on {peer} too", "two copies with one identity", f"look at {peer}")
-        highest = await self.site.store.highest_generation(domain.uuid)
-        life = await self.candidate(request, generations.first_generation(highest, theirs.highest_g))
-        body = life.body
-        if previous is not None:
-            body.autostart = body.autostart or previous.body.autostart
-            body.xml = body.xml if body.persistent else previous.body.xml
-        body.engine = await mccheck.choose_engine(life.qmp, request.engine)
-        await check.refuse_engine(life)
-        check.refuse_older(await check.running_qemu(life.qmp), self._hello_of(peer).qemu, domain.name, peer)
-        await check.refuse_busy(life.qmp, domain.name)
-        asked = request.netbuffer if request.netbuffer != "auto" else config.netbuffer
-        if body.engine == "mc":
-            live = await self.site.host.xml(body.uuid)
-            await mccheck.refuse(life, live, config)
-            body.buffer = await mccheck.choose_buffer(asked, body.nics, body.arbiter)
-            body.second_monitor = mccheck.second_monitor(live)
-            await life.choose_rdma()
-        else:
-            body.buffer = await buffers.choose(asked, body.nics)
-            await life.choose_rdma()
-            body.disks = await self.disks_of(life)
-        await self.site.hook.prove(config.name, domainxml.machine(body.xml))
-        await self.site.arbiters.refuse_unfit(body.arbiter, peer)
-        life.on_gone = self.gone
-        if previous is not None:
-            body.previous = model.encode(previous.body).decode()
-        self.lives[body.uuid] = life
-        try:
-            await life.protect(job.step)
-        except Remains as error:
-            if life.ledger.newest in (None, Kind.PREPARING):
-                life.undo_until_done(error.reason)
-            raise
-        except BaseException:
-            if life.ledger.newest in (None, Kind.PREPARING):
-                self.gone(life)
-                await asyncio.shield(self._back_to(previous, life))
-            raise
-        return f"{body.domain} is protected, its standby is on {peer}"
-
-    async def candidate(self, request: api.ProtectRequest, g: int) -> Primary:
-        """What would be protected; nothing of it is kept. Raises: NotFound, Refused."""
-        body = await protection.make_body(self.site, request, g)
-        return Primary(self.site, body, Ledger(body.pid, "primary", body.g))
-
-    async def disks_of(self, life: Primary) -> list[Disk]:
-        """The running domain's writable disks as QEMU has them. Raises: Refused."""
-        found = []
-        for disk in domainxml.disks(await self.site.host.xml(life.body.uuid)):
-            drive = await diskreplica.drive_of(life.qmp, disk.alias)
-            if drive is None:
-                raise Refused("disk-not-protectable", f"disk {disk.target} has no medium", "", "detach it")
-            qom, inserted = drive
-            node = inserted["node-name"]
-            if not node or node.startswith("mcft-"):
-                raise Refused(
-                    "disk-busy", f"disk {disk.target} still carries a node of mcft's ({node})", "an earlier protection left it",
-                    f"mcft forget {life.body.domain} --local",
-                )  # fmt: skip
-            direct = bool(inserted.get("cache", {}).get("direct"))
-            found.append(Disk(disk.target, qom, node, inserted["image"]["virtual-size"], disk.path, disk.format, direct))
-        return found
-
-    async def _back_to(self, previous: Life | None, failed: Primary) -> None:
-        """A protecting that failed leaves what was before: nothing, or a primary without a standby (`gone` puts it back)."""
-        if previous is None:
-            await self.site.store.delete(failed.body.uuid)
-            failed.forget_labels()
-        elif previous.ledger.won:
-            self.site.markers.free(previous.body.uuid)
+        return await check.Checker(self, request).run(await self.protecting.named(request))
 
     async def act(self, domain: str, verb: str, request: api.ActRequest) -> api.JobBody:
-        if verb == "unprotect" and not any(domain in (lf.body.domain, lf.body.uuid) for lf in self.lives.values()):
-            info = await self.site.host.info(domain)
-            return self.jobs.start(verb, info.name, _done("not protected"), request.key)
-        life = self._find(domain)
-        if verb == "start":
-            return coldstart.begin(self, life, request)
-        acts = {"unprotect": self._unprotect, "failover": self._failover, "solo": self._solo}
-        running = self.jobs.running(life.body.domain)
-        if verb == "unprotect" and running is not None and running.kind == "protect":
-            await self.jobs.cancelled(running.id)
-            if (left := self.lives.get(life.body.uuid)) is not None and left.ledger.newest is Kind.PREPARING:
-                return self.jobs.start(verb, life.body.domain, self._once_undone(left), request.key)
-            if not life.body.previous and life.body.uuid not in self.lives:
-                return self.jobs.start(verb, life.body.domain, _done("the protecting was cancelled and undone"), request.key)
-            life = await self.once_back(life.body.uuid)
-        target = life
-
-        async def work(job: JobHandle) -> str:
-            return await acts[verb](target, request, job)
-
-        return self.jobs.start(verb, life.body.domain, work, request.key)
-
-    def _once_undone(self, life: Life) -> Callable[[JobHandle], Awaitable[str]]:
-        """The protecting was cancelled, and its undo is being repeated."""
-
-        async def work(job: JobHandle) -> str:
-            job.step("undo the protecting")
-            if not await life.at_rest(AT_REST_WITHIN_S):
-                raise TimedOut(
-                    "undo-incomplete", f"undoing the protecting of {life.body.domain} goes on", life.body.reason,
-                    f"mcft status {life.body.domain}; look at libvirtd on {self.site.config.name}",
-                )  # fmt: skip
-            return "the protecting was cancelled and undone"
-
-        return work
+        return await self.acts.begin(domain, verb, request)
 
     async def maintenance(self, request: api.MaintenanceRequest) -> api.JobBody:
         """Empty this host of everything protected and keep it so, or end that."""
         return await maintenance.begin(self, request)
-
-    async def _unprotect(self, life: Life, _request: api.ActRequest, job: JobHandle) -> str:
-        life = self.as_primary(life)
-        await life.unprotect(job.step)
-        return f"{life.body.domain} is not protected any more"
 
     def as_primary(self, life: Life) -> Primary:
         if life.body.role == "standby" or life.body.state == "lost":
@@ -402,56 +216,8 @@ class Core:
         self.lives[life.body.uuid] = primary
         return primary
 
-    async def _failover(self, life: Life, request: api.ActRequest, job: JobHandle) -> str:
-        if life.body.role == "primary":
-            return await self.as_primary(life).switch(job.step)
-        if not isinstance(life, Standby):
-            raise Refused("not-here", f"{life.body.domain} has no standby here", life.body.reason)
-        job.step(f"ask {life.body.peer} to hand over")
-        try:
-            asked = msgspec.structs.replace(self.about(life), detail=secrets.token_hex(8))
-            await self.site.ask(life.body.peer, "switch", asked, model.Answer, 30.0)
-        except Unreachable as error:
-            return await self._claim(life, request, error)
-        return f"{life.body.domain} runs here"
-
-    async def _claim(self, life: Standby, request: api.ActRequest, error: McftError) -> str:
-        """(d): the operator asks, and the primary's agent is silent. Its gate may not be."""
-        status = await life.gate.ask("status")
-        ages = [link["age_ms"] for link in status["links"] if link["age_ms"] is not None]
-        if ages and min(ages) < self.site.config.loss_ms and status["peer"]["qemu"] == "running" and not request.force:
-            raise Refused(
-                "primary-alive", f"{life.body.peer} still sends keepalives though its agent does not answer", str(error),
-                "wait for its agent, or if that host must go: power it off, then mcft failover --force --peer-is-off",
-            )  # fmt: skip
-        if request.force and not request.peer_is_off:
-            raise Refused(
-                "say-off", "a forced failover needs your word that the other host is off", "two copies would run otherwise",
-                "add --peer-is-off",
-            )  # fmt: skip
-        if status["disk_error"]:
-            raise Refused("not-whole", f"the copy of {life.body.domain} here is not whole", status["disk_error"])
-        await life.gate.ask("claim")
-        if request.force:
-            await life.override("the operator's word in the arbiter's place")
-        else:
-            life.begin_take("the operator asked")
-        assert life.deciding is not None
-        done, _ = await asyncio.wait({life.deciding}, timeout=TAKEN_WITHIN_S)
-        if not done:
-            raise TimedOut(
-                "arbiter-silent", f"taking {life.body.domain} over goes on", life.body.reason,
-                f"if {life.body.peer} is certainly off: mcft failover {life.body.domain} --force --peer-is-off",
-            )  # fmt: skip
-        if not life.ledger.spoken:
-            raise Failed("take-over", f"{life.body.domain} could not be taken over", life.body.reason, "mcft events")
-        return f"{life.body.domain} runs here"
-
-    async def _solo(self, life: Life, request: api.ActRequest, job: JobHandle) -> str:
-        return await self.as_primary(life).solo(force=request.force, peer_is_off=request.peer_is_off)
-
     async def set(self, domain: str, request: api.SetRequest) -> api.Protection:
-        life = self.as_primary(self._find(domain))
+        life = self.as_primary(self.find(domain))
         if request.delay_ms is not None:
             if not DELAY_MIN_MS <= request.delay_ms <= DELAY_MAX_MS:
                 raise Usage("bad-delay", f"a delay of {request.delay_ms} ms is out of range", "it must be 10ms to 10s")
@@ -523,10 +289,3 @@ class Core:
         life = self.lives.get(uuid)
         if life is not None and not life.body.second_monitor:
             life.gate.tell("event", event=event)
-
-
-def _done(text: str) -> Callable[[JobHandle], Awaitable[str]]:
-    async def work(_job: JobHandle) -> str:
-        return text
-
-    return work

@@ -21,7 +21,7 @@ from mcft.agent.setup import STANDBYS_SIDE, OnStep, Setup
 from mcft.agent.site import boottime_ms, log
 from mcft.arbiter.base import Standing
 from mcft.errors import Failed, McftError, TimedOut
-from mcft.failover import BUFFER_BROKEN
+from mcft.failover import BUFFER_BROKEN, OWN_DISK
 from mcft.generations import UNDECIDED, Kind
 
 PULL_EVERY_S = 0.2
@@ -348,7 +348,13 @@ class Deciding(Setup):
             self.body.manual = override
         if not self.qemu_alive():
             await self.record(Kind.SPOKEN, self.ledger.owned)
-            self.to_state("stopped", f"{reason}; the guest is down, its disk here is the truth")
+            if OWN_DISK in reason:
+                # Not armed yet, so the copy that has the write is no standby: what is left is what a power loss leaves.
+                why = f"{reason}; the guest is down, and its disk here lacks a write that it believes: check its file systems"
+                self.event("disk", why, "alarm")
+            else:
+                why = f"{reason}; the guest is down, its disk here is the truth"
+            self.to_state("stopped", why)
             await self.free()
             await self.save()
             await self._clean_up_dead()

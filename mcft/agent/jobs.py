@@ -203,3 +203,12 @@ class Jobs:
                 del self._jobs[job.body.id]
                 if self._by_key.get(job.key) is job:
                     del self._by_key[job.key]
+
+
+def done(text: str) -> Callable[[JobHandle], Awaitable[str]]:
+    """A job that has nothing to do but to say so."""
+
+    async def work(_job: JobHandle) -> str:
+        return text
+
+    return work

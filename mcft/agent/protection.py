@@ -15,7 +15,7 @@ from mcft.agent.decisions import PULL_EVERY_S, Deciding
 from mcft.agent.model import peer_ledger
 from mcft.agent.setup import STANDBYS_SIDE, OnStep
 from mcft.agent.setup import make_body as make_body
-from mcft.agent.site import boottime_ms, log
+from mcft.agent.site import AT_REST_WITHIN_S, boottime_ms, log
 from mcft.engines.mc import Mc
 from mcft.errors import Failed, McftError, Refused, Unreachable
 from mcft.generations import UNDECIDED, Kind
@@ -40,6 +40,11 @@ class Primary(Deciding):
         if self.ledger.newest in UNDECIDED and not self.ledger.won:
             on_step("the standby gives up", None)
             await self._let_go("unprotect")
+        elif not await self.at_rest(AT_REST_WITHIN_S):
+            raise Refused(
+                "not-settled", f"what came before is not over yet for {self.body.domain}: it is {self.body.state}",
+                self.body.reason, f"mcft events {self.body.domain}; then try again",
+            )  # fmt: skip
         on_step("take everything away", None)
         if self.body.state not in ("active", "stopped") and await self._qemu_here():
             done = {step.name for step in self.steps()} - set(STANDBYS_SIDE)

@@ -96,7 +96,7 @@ class Setup(Life):
             await diskfiles.of_domain(self), diskfiles.read_nvram(body.nvram) if body.nvram else None,
             body.rdma.peer if body.rdma else "", rdma.required(self.rdma_wish()), body.arbiter, body.mc,
         )  # fmt: skip
-        prepared = await self.site.ask(body.peer, "prepare", request, model.Prepared, PREPARE_DEADLINE_S)
+        prepared = await self.site.ask(body.peer, "prepare", request, model.Prepared, PREPARE_DEADLINE_S, patiently=True)
         if prepared.arbiter != body.arbiter:
             why = f"its mcft goes by arbiter {prepared.arbiter}; two rules at once would be unsafe"
             raise Refused("old-peer", f"{body.peer} can't be decided for by {body.arbiter}", why, "bring both hosts to one mcft")

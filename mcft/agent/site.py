@@ -41,6 +41,7 @@ from mcft.qmp_passthrough import Qmp, remove_monitor
 log = logging.getLogger("mcft.agent")
 T = TypeVar("T")
 COMMIT_DEADLINE_S = 600.0
+AT_REST_WITHIN_S = 10.0  # how long what takes the place of an instance waits for its last decision
 
 
 @dataclass
@@ -79,9 +80,12 @@ class Site:
             )
         return self.peers[name]
 
-    async def ask(self, peer: str, verb: str, body: msgspec.Struct, reply: type[T], timeout_s: float = 5.0) -> T:
+    async def ask(
+        self, peer: str, verb: str, body: msgspec.Struct, reply: type[T], timeout_s: float = 5.0, *, patiently: bool = False
+    ) -> T:
         """One call of a peer's agent, typed. Raises: Unreachable, Refused, or what the peer answered."""
-        answer = await self.peer(peer).call(verb, model.encode(body), timeout_s)
+        link = self.peer(peer)
+        answer = await (link.call_patiently if patiently else link.call)(verb, model.encode(body), timeout_s)
         try:
             return msgspec.json.decode(answer, type=reply)
         except msgspec.MsgspecError as error:

@@ -27,6 +27,8 @@ class BufferSide(Protocol):
 
     @property
     def buffer(self) -> NetBuffer: ...
+    @property
+    def stands(self) -> bool: ...  # it holds all that the guest says by itself, also while closed
     def started(self) -> None: ...
     def monitor_connected(self) -> None: ...
     def attach(self, answer: Answer) -> None: ...
@@ -39,6 +41,8 @@ class BufferSide(Protocol):
 
 class NoSide:
     """`none`."""
+
+    stands = False
 
     def __init__(self) -> None:
         self.buffer = NoBuffer()
@@ -59,6 +63,8 @@ class NoSide:
 
 class FilterSide:
     """A pair of filters before each NIC. A restarted gate puts a new pair there as soon as it has the monitor."""
+
+    stands = False  # what QEMU has taken from us and not sent yet can't be called back
 
     def __init__(self, gate: Gate) -> None:
         self.gate, self.buffer = gate, FilterBuffer()

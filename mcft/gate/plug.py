@@ -11,7 +11,7 @@ from mcft.gate.core import Gate
 from mcft.gate.loop import boottime_ms
 from mcft.plugbuffer import Limit, PlugBuffer
 
-QEMUS_END_MS = 100.0  # its taps go some moments before its process: whether that was all is known by then
+QEMUS_END_MS = 500.0  # its taps go some moments before its process, on a loaded host more than 100 ms; nothing leaves meanwhile
 POLL_EVERY_MS = 200.0
 
 
@@ -23,6 +23,10 @@ class PlugSide:
         self._stop, self._failed = stop, failed
         self._polled_ms = float("-inf")
         self._acted = False
+
+    @property
+    def stands(self) -> bool:
+        return bool(self.buffer.lines) and not self.buffer.broken
 
     def started(self) -> None:
         """A restarted gate: what the dead one held is dropped, nothing leaks."""

@@ -183,8 +183,10 @@ class Primary:
                 set_link(nic.target, up=up)
 
     def _stop_output(self) -> None:
+        """A plug that stands goes on holding, and what the guest says meanwhile leaves in order if this side goes on."""
         self.buffer.close()
-        if self.gate.state.buffer != "none":  # (QEMU's own holds nothing once its standby is gone: the tap does)
+        # (QEMU's own holds nothing once its standby is gone: the tap does.)
+        if self.gate.state.buffer != "none" and not self.output.stands:
             self._taps(up=False)
 
     def _buffer_failed(self, reason: str) -> None:

@@ -72,6 +72,24 @@ def test_tampering_closes_the_gate_and_solo_opens_it_without_a_trace(wire: Wire,
     solo_opens_without_a_trace(agent, wire, 2)
 
 
+def test_what_is_said_while_the_gate_is_closed_waits(wire: Wire, gate: GateLab) -> None:
+    """`unprotect`: the stream is broken, the standby is asked to give up, and vm1 talks all the while. Nobody changed anything.
+
+    Fails if the gate sets the tap down: every packet of that time would be lost. Or if it lets one out before it may.
+    """
+    agent = protected(gate)
+    said = wire.send(0, 6)
+    agent.ask("yank")
+    gate.qmp.event("COLO_EXIT", reason="error")
+    said += wire.send(1, 6)
+    assert agent.status_when(lambda s: s["closed"]) and wire.arrived() == []
+    said += wire.send(2, 6)
+    agent.ask("update", record="solo")
+    agent.ask("open", because="solo")
+    assert wire.comes(18) == said
+    solo_opens_without_a_trace(agent, wire, 3)
+
+
 def test_a_buffer_that_was_changed_before_the_hold_refuses_it(wire: Wire, gate: GateLab) -> None:
     """Fails if `hold` believes that it holds: everything would leave unbuffered."""
     agent = gate.start()

@@ -33,6 +33,7 @@ class Observer:
                 self.sock.recv(64)
         self.count, self.first, self.highest, self.missing, self.heard_s = 0, 0, 0, 0, 0.0
         self.violations: list[tuple[float, int, int]] = []
+        self.holes: list[tuple[float, int, int]] = []
         self.gaps: list[tuple[float, float]] = []
         self.started_s = now()
         return True
@@ -45,6 +46,8 @@ class Observer:
                     self.violations.append((at_s, number, self.highest))
                 elif self.count:
                     self.missing += number - self.highest - 1
+                    if number > self.highest + 1:
+                        self.holes.append((at_s, number, self.highest))
                 else:
                     self.first = number
                 if self.count and at_s - self.heard_s > GAP_S:
@@ -57,10 +60,11 @@ class Observer:
         return {"count": self.count, "at_s": self.heard_s, "highest": self.highest, "release_s": release_s}
 
     def report(self) -> dict[str, object]:
-        """violations: (when, number, highest before it). gaps: (last heard, heard again), those longer than 20 ms."""
+        """violations, holes: (when, number, highest before it). gaps: (last heard, heard again), those longer than 20 ms."""
         return {
             **self.last(), "first": self.first, "missing": self.missing, "started_s": self.started_s,
             "violations": self.violations[:20], "violation_count": len(self.violations), "gaps": self.gaps,
+            "holes": self.holes[:20],
         }  # fmt: skip
 
 

@@ -216,8 +216,8 @@ class Host:
 
         def reached() -> dict[str, Any]:
             status = self.status(domain)
-            again = status.get("role") == "primary" and status["guest_running"] and status["state"] in AGAIN
-            return status if again or status.get("state") == "active" else {}
+            leads = status.get("role") == "primary" and status["state"] in (*AGAIN, "active")
+            return status if leads and status["guest_running"] else {}
 
         return until(reached, timeout, lambda: f"{self} runs {domain}; it is {self.status(domain)}")
 
@@ -296,7 +296,7 @@ def protect(primary: Host, *more: str, timeout: float = 40.0) -> None:
     """Protect vm1 from where it runs. Where the agent does so by itself already, wait for that instead."""
     done = primary.mcft("protect", "vm1", "--to", other(primary).name, *more, check=False, timeout=timeout)
     if done.returncode:
-        by_itself = primary.state() in ("preparing", "syncing", "protected")
+        by_itself = primary.state() in AGAIN or "is busy: protect (" in done.stderr
         assert by_itself, f"mcft protect on {primary}: exit {done.returncode}\n{done.stdout[-1000:]}{done.stderr}"
     primary.await_state("protected", timeout=timeout)
     if "none" not in more:

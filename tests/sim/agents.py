@@ -137,6 +137,8 @@ class SimEvents:
     def emit(self, domain: str, kind: str, text: str, level: str = "info") -> None:
         world = self.host.world
         world.note(self.host.name, f"{kind}: {text}" if level != "alarm" else f"ALARM {kind}: {text}")
+        if level == "alarm" and ("own disk failed a write" in text or "lacks a write that it believes" in text):
+            world.oracle.accepted_loss = True  # what correctness.md says remains: nobody can undo it, and it was said
         if level == "alarm" and "failed" in text and "going on from the records" in text:
             world.count("a decision gone on with from the records")
 
@@ -209,6 +211,7 @@ class SimPool:
             if agent is None or not agent.alive or not agent.serving:
                 world.stream(number, host.other, refused, mine)
                 return
+            agent.on_death.append(lambda: world.stream(number, host.other, refused, mine) if host.other.up else None)
             world.at(0.05, agent, agent.serve, host.name, verb, body, answer)
 
         def answer(status: int, reply: bytes) -> None:

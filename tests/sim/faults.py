@@ -9,6 +9,7 @@ from functools import partial
 
 from tests.sim import play
 from tests.sim.machine import DESTROYED, UUID
+from tests.sim.qemu import Qemu
 from tests.sim.world import Host, Proc, World
 
 
@@ -281,8 +282,14 @@ def _suspend(world: World, host: Host, fault: Fault) -> None:
     for qemu in host.machine.qemus():
         if qemu.colo == "secondary" or qemu.runstate not in ("running",):
             continue
-        for delay, command in ((0.0, "stop"), (min(fault.ms, 300.0), "cont")):
-            world.at(delay, qemu.proc, qemu.command, command, {}, lambda _reply: None)
+
+        def resume(qemu: Qemu = qemu) -> None:
+            # Assumed (docs/correctness.md): nobody types it in just the ms of the null nodes.
+            if not any(name.startswith("mcft-0-") for name in qemu.nodes):
+                qemu.command("cont", {}, lambda _reply: None)
+
+        world.at(0.0, qemu.proc, qemu.command, "stop", {}, lambda _reply: None)
+        world.at(min(fault.ms, 300.0), qemu.proc, resume)
 
 
 def _failover(world: World, host: Host, fault: Fault) -> None:

@@ -30,6 +30,7 @@ class Oracle:
         self.accepted_loss = False
         self.arbiter_broken = False
         self.ended = False  # the guest shut itself down
+        self.not_asked: set[str] = set()  # instances whose standby was never asked to arm
         self.instances: dict[tuple[str, int], dict[tuple[Side, Host], list[tuple[int, str]]]] = {}
 
     # ---- what leaves ----
@@ -54,12 +55,22 @@ class Oracle:
             self.last, self.last_at, self.last_host = moment, self.world.now, host
             self.packets += 1
 
+    def _never_asked(self, host: Host, pid: str) -> bool:
+        """The write of `arming` failed and is on the disk all the same: the standby was not asked, and the set-up is undone."""
+        agent = host.machine.agent
+        life = agent.core.lives.get(UUID) if agent is not None and agent.alive and agent.serving else None
+        if life is not None and life.body.pid == pid and not life.ledger.has(Kind.ARMING):
+            self.not_asked.add(pid)
+        return pid in self.not_asked
+
     def _opened(self, host: Host) -> None:
         """A buffer that was opened, or taken away, after arming: only given-up or a won generation allows it, durable."""
         rows = host.machine.records["record"]
         pid = rows[-1].pid if rows else ""
         kinds = [r.kind for r in rows if r.pid == pid]
         armed = Kind.ARMING.value in kinds
+        if armed and self._never_asked(host, pid):
+            return
         if armed and not (Kind.SPOKEN.value in kinds or Kind.ENDED.value in kinds):
             raise Violation("opened without a win", f"{host.name} lets packets pass with the records {', '.join(kinds)}")
 
@@ -81,7 +92,8 @@ class Oracle:
         self.ended = False
         if self.lied or self.accepted_loss:
             self.accepted_loss = False
-            self.last = None
+            self.last = image.missed = None
+            image.torn = ""
             return
         self._truth(host, image, "was started from")
         other = host.other

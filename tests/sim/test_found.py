@@ -40,7 +40,7 @@ def test_what_an_older_instance_left_at_work_does_not_touch_a_newer_one() -> Non
     """A take-over that could not be cleaned up was still being gone on with after the domain was protected anew, and taken over
     back: it let the hook start the stale disk, while the guest ran on the other host.
 
-    Fails if `Core.protect_now` does not wait for `Life.at_rest`, and `Standby.go_on` insists on a gate that is ended.
+    Fails if `Protecting.now` does not wait for `Life.at_rest`, and `Standby.go_on` insists on a gate that is ended.
     """
     holds(
         [Fault(13.59, "libvirtd away", 1, 8000.0), Fault(2388.93, "mcft failover", 1)],
@@ -96,7 +96,7 @@ def test_a_guest_that_shut_itself_down_is_not_raised() -> None:
 def test_a_protect_that_failed_while_libvirtd_was_away_is_undone_all_the_same() -> None:
     """Its undo failed too, and nobody tried again: the guest stood for ever in the switch-over, or its disks kept mcft's nodes.
 
-    Fails if `Core.protect_now` does not call `undo_until_done`.
+    Fails if `Protecting.now` does not call `undo_until_done`.
     """
     for seed in (3, 13, 27):
         holds([Fault(522.9, "libvirtd away", 0, 410.0)], seeds=range(seed, seed + 1))
@@ -165,6 +165,19 @@ def test_a_switch_whose_qemu_hangs_in_a_dead_stream_ends_in_a_decision() -> None
         [Fault(143.54, "mcft maintenance", 0, 489.62, 1), Fault(145.33, "between acknowledgement and release", 1, 19.54, 1),
          Fault(505.3, "kill QEMU", 1, 42.49, 3)],
         seeds=range(40268, 40269),
+    )  # fmt: skip
+
+
+def test_unprotect_waits_for_a_going_solo_that_is_under_way() -> None:
+    """The standby had given up, and the gate was killed just then: `unprotect` took away what the going solo still needed.
+
+    Fails if `Primary.unprotect` does not wait for `at_rest`.
+    """
+    holds(
+        [Fault(576.67, "kill QEMU", 1, 386.02, 1)],
+        [Fault(2552.51, "at the next record", 1, 331.58, 3), Fault(4257.39, "cut a link", 0, 708.75, 2),
+         Fault(4656.7, "mcft unprotect", 0, 357.11, 3)],
+        seeds=range(50212, 50213),
     )  # fmt: skip
 
 

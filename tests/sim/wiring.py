@@ -96,6 +96,7 @@ def _boot_id() -> str:
 def install() -> None:
     """Patch the modules' globals. Everything below is by name: a module that renames one fails here, loudly."""
     logging.disable(logging.CRITICAL)
+    import mcft.agent.acts
     import mcft.agent.again
     import mcft.agent.check
     import mcft.agent.coldstart
@@ -147,7 +148,7 @@ def install() -> None:
         agent.gates, agent.overlays, agent.maintenance, agent.diskfiles, agent.overwriting, mcft.diskreplica)  # fmt: skip
     put("open", sim_open, agent.site, agent.decisions, agent.overwriting, agent.diskfiles)
     put("process_start", process_start, gate.qemu, gate.primary, agent.site, agent.setup, agent.copy)
-    put("secrets", SimSecrets, agent.setup, agent.core, agent.coldstart, agent.maintenance)
+    put("secrets", SimSecrets, agent.setup, agent.acts, agent.coldstart, agent.maintenance)
     put("random", SimRandom, agent.peers)
     put("run", _run, agent.gates, agent.copy, agent.diskfiles, agent.overlays)
     put("boot_id", _boot_id, agent.hook, agent.core, agent.maintenance)

@@ -102,6 +102,15 @@ def test_standby(changes: dict[str, Any], act: Act, reason: str) -> None:
     assert verdict.act is act and reason in verdict.reason
 
 
+def test_a_gate_has_as_long_as_t() -> None:
+    """T of 6 s. Fails if a silent gate with a live stream is judged sooner than one with a dead one."""
+    slow = Settings(6000.0, DELAY)
+    view = replace(HEALTHY, role="standby", silent_ms=6000.0)
+    assert decide(view, slow).act is Act.WAIT
+    verdict = decide(replace(view, silent_ms=6001.0), slow)
+    assert verdict.act is Act.CLAIM and "for 6 s although checkpoints flow" in verdict.reason
+
+
 ages = st.sampled_from([0.0, T - 1, T, T + 1, DELAY + T, DELAY + T + 1, 2999.0, 3001.0, 10001.0, 20000.0])
 views = st.builds(
     View,
