@@ -89,16 +89,18 @@ def test_overlays_of_a_cut_off_take_over_are_committed_offline(load: Load) -> No
     protect(H1)
     load.flowing()
     H2.sh("systemctl kill --kill-whom=main --signal=STOP libvirtd")  # the agent can't learn that QEMU has committed
-    H1.kill_qemu()
-    H2.await_took_over()
-    load.goes_on()
-    load.unhurt()
-    load.writer.ask("finish")
-    settled(load.writer)
-    assert H2.sh("cat /var/lib/mcft/labels/*/vda").startswith("chain(")
-    H2.sh("systemctl stop --no-block mcft-agent; systemctl kill --signal=KILL mcft-agent; systemctl stop mcft-agent")
-    H2.kill_qemu()
-    H2.sh("systemctl kill --signal=CONT libvirtd")
+    try:
+        H1.kill_qemu()
+        H2.await_took_over()
+        load.goes_on()
+        load.unhurt()
+        load.writer.ask("finish")
+        settled(load.writer)
+        assert H2.sh("cat /var/lib/mcft/labels/*/vda").startswith("chain(")
+        H2.sh("systemctl stop --no-block mcft-agent; systemctl kill --signal=KILL mcft-agent; systemctl stop mcft-agent")
+        H2.kill_qemu()
+    finally:  # or no later test could speak to this host
+        H2.sh("systemctl kill --signal=CONT libvirtd")
 
     def defined() -> bool:
         H2.sh(DEFINE, check=False)

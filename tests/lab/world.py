@@ -216,8 +216,8 @@ class Host:
 
         def reached() -> dict[str, Any]:
             status = self.status(domain)
-            leads = status.get("role") == "primary" and status["state"] in (*AGAIN, "active")
-            return status if leads and status["guest_running"] else {}
+            again = status.get("role") == "primary" and status["guest_running"] and status["state"] in AGAIN
+            return status if again or status.get("state") == "active" else {}
 
         return until(reached, timeout, lambda: f"{self} runs {domain}; it is {self.status(domain)}")
 
