@@ -40,16 +40,18 @@ def _tcp(run_s: float) -> dict[str, Any]:
 
 
 def _udp(run_s: float) -> dict[str, Any]:
-    """Bursts of numbered datagrams. (With no pause at all nothing else would run on this kernel's one CPU.)"""
+    """Bursts of numbered datagrams: 5000 a second. As fast as it may be, a receiver that gets too little of this kernel's one CPU
+    falls behind by more than its socket holds (43,000 were seen), and what is dropped there was not lost by any plug.
+    """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.setsockopt(socket.SOL_SOCKET, 32, 4 << 20)  # SO_SNDBUFFORCE
         sock.connect((OUTSIDE, PORT))
         end, sent = time.monotonic() + run_s, 0
         while time.monotonic() < end:
-            for _ in range(200):
+            for _ in range(100):
                 sock.send(NUMBER.pack(sent).ljust(500, b"\0"))
                 sent += 1
-            time.sleep(0.0002)
+            time.sleep(0.02)
     return {"sent": sent}
 
 
