@@ -30,6 +30,7 @@ class Acts:
         self.core, self.site = core, core.site
 
     async def begin(self, domain: str, verb: str, request: api.ActRequest) -> api.JobBody:
+        """Refuse what can be refused now; the rest is a job. Raises: NotFound, Refused."""
         if verb == "unprotect" and not any(domain in (lf.body.domain, lf.body.uuid) for lf in self.core.lives.values()):
             info = await self.site.host.info(domain)
             return self.site.jobs.start(verb, info.name, done("not protected"), request.key)

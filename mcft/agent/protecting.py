@@ -96,10 +96,7 @@ class Protecting:
         at_rest = previous is None or await previous.at_rest(AT_REST_WITHIN_S)
         previous = self.core.lives.get(domain.uuid)  # (an undo that had to be repeated puts back what was before it)
         if previous is not None and not at_rest:
-            raise Refused(
-                "not-settled", f"what came before is not over yet for {domain.name}: it is {previous.body.state}",
-                previous.body.reason, f"mcft events {domain.name}; then try again",
-            )  # fmt: skip
+            raise previous.not_settled()
         if theirs.maintenance:
             raise maintenance.refuse(peer)
         if theirs.running:

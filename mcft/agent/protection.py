@@ -41,10 +41,7 @@ class Primary(Deciding):
             on_step("the standby gives up", None)
             await self._let_go("unprotect")
         elif not await self.at_rest(AT_REST_WITHIN_S):
-            raise Refused(
-                "not-settled", f"what came before is not over yet for {self.body.domain}: it is {self.body.state}",
-                self.body.reason, f"mcft events {self.body.domain}; then try again",
-            )  # fmt: skip
+            raise self.not_settled()
         on_step("take everything away", None)
         if self.body.state not in ("active", "stopped") and await self._qemu_here():
             done = {step.name for step in self.steps()} - set(STANDBYS_SIDE)

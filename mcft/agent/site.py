@@ -246,6 +246,13 @@ class Life:
                     return True
         return False
 
+    def not_settled(self) -> Refused:
+        """What is raised where something else was to take this instance's place, and it is not at rest."""
+        return Refused(
+            "not-settled", f"what came before is not over yet for {self.body.domain}: it is {self.body.state}",
+            self.body.reason, f"mcft events {self.body.domain}; then try again",
+        )  # fmt: skip
+
     async def stop_deciding(self) -> None:
         """An operator's override takes the place of what was being decided."""
         if self.deciding is not None:

@@ -222,7 +222,6 @@ class Gate:
         if self.silence.tick(now_ms):
             self.lan.forget()
             self.control.note("stalled", count=self.silence.stalls)
-        self.qemu.read()
         for link in self.links:
             self._receive(link)
         if self.rdma:
