@@ -35,7 +35,8 @@ class Scene:
 @dataclass(frozen=True)
 class Fault:
     """begin: makes it; end: takes it back (after `hold_s`). deadly: the guest's QEMU or host on that side is gone or unreachable
-    ("primary", "standby", ""): two of those at once would be a loss of both. only: arbiters it makes sense with."""
+    ("primary", "standby", ""): two of those at once would be a loss of both. asks: the side on which something is run to make or
+    to end it: a frozen host answers nobody, the bench included. only: arbiters it makes sense with."""
 
     name: str
     begin: Callable[[Scene], object]
@@ -44,6 +45,12 @@ class Fault:
     deadly: str = ""
     weight: int = 2
     only: tuple[str, ...] = ("standby", "etcd", "fence")
+    asks: str = ""
+    freezes: str = ""
+
+    def goes_with(self, other: Fault) -> bool:
+        frozen_and_asked = (self.freezes and self.freezes == other.asks) or (other.freezes and other.freezes == self.asks)
+        return not (self.deadly and other.deadly) and not frozen_and_asked
 
 
 def pids(host: Host, what: str) -> list[int]:
@@ -87,7 +94,8 @@ def on_again(host: Host) -> None:
 
 def _killing(side: str, what: str, weight: int = 2) -> Fault:
     deadly = side if what == "QEMU" else ""
-    return Fault(f"SIGKILL {what}, {side}", lambda s: send(s.side(side), what, signal.SIGKILL), deadly=deadly, weight=weight)
+    kill = lambda s: send(s.side(side), what, signal.SIGKILL)  # noqa: E731
+    return Fault(f"SIGKILL {what}, {side}", kill, deadly=deadly, weight=weight, asks=side)
 
 
 def _stopping(side: str, what: str) -> Fault:
@@ -95,7 +103,7 @@ def _stopping(side: str, what: str) -> Fault:
     deadly = side if what in ("QEMU", "gate") else ""
     return Fault(
         f"SIGSTOP {what}, {side}", lambda s: send(s.side(side), what, signal.SIGSTOP),
-        lambda s: send(s.side(side), what, signal.SIGCONT), hold_s, deadly, 1,
+        lambda s: send(s.side(side), what, signal.SIGCONT), hold_s, deadly, 1, asks=side,
     )  # fmt: skip
 
 
@@ -108,7 +116,16 @@ def _link(name: str, of: str, deadly: str = "", hold_s: tuple[float, float] = (0
 
 def _freezing(side: str, weight: int) -> Fault:
     begin, end = (lambda s: frozen(s.side(side), True)), (lambda s: frozen(s.side(side), False))
-    return Fault(f"host frozen, {side}", begin, end, (0.2, 4.0), side, weight)
+    return Fault(f"host frozen, {side}", begin, end, (0.2, 4.0), side, weight, freezes=side)
+
+
+def _restarting(side: str) -> Fault:
+    restart = lambda s: s.side(side).run("systemctl", "restart", "libvirtd", check=False)  # noqa: E731
+    return Fault(f"libvirtd restarted, {side}", restart, asks=side)
+
+
+def _filling(side: str) -> Fault:
+    return Fault(f"store full, {side}", lambda s: fill(s.side(side)), lambda s: empty(s.side(side)), (0.5, 3.0), asks=side)
 
 
 def _fence_agent(name: str, mode: str) -> Fault:
@@ -128,10 +145,8 @@ FAULTS = [
     _link("both links, primary", "rep:{p} lan:{p}", "primary", weight=3),
     _link("both links, standby", "rep:{s} lan:{s}", "standby", weight=3),
     _link("hosts apart, both reach the third", "lan:{p} rep:{s}", "standby"),
-    Fault("libvirtd restarted, primary", lambda s: s.primary.run("systemctl", "restart", "libvirtd", check=False)),
-    Fault("libvirtd restarted, standby", lambda s: s.standby.run("systemctl", "restart", "libvirtd", check=False)),
-    Fault("store full, primary", lambda s: fill(s.primary), lambda s: empty(s.primary), (0.5, 3.0)),
-    Fault("store full, standby", lambda s: fill(s.standby), lambda s: empty(s.standby), (0.5, 3.0)),
+    *(_restarting(side) for side in ("primary", "standby")),
+    *(_filling(side) for side in ("primary", "standby")),
     Fault("etcd killed", lambda s: s.etcd.kill(), lambda s: s.etcd.start(), (0.2, 5.0), only=("etcd",), weight=3),
     Fault("etcd stopped", lambda s: s.etcd.signal("STOP"), lambda s: s.etcd.signal("CONT"), (0.2, 5.0), only=("etcd",), weight=3),
     Fault("etcd wiped", lambda s: s.etcd.wipe(), lambda s: s.etcd.start(), (0.2, 2.0), only=("etcd",), weight=1),
@@ -146,7 +161,7 @@ def choose(kind: str, moments: random.Random) -> list[Fault]:
     first = moments.choices(fit, [f.weight for f in fit])[0]
     if moments.random() > BOTH:
         return [first]
-    rest = [f for f in fit if f is not first and not (f.deadly and first.deadly)]
+    rest = [f for f in fit if f is not first and f.goes_with(first)]
     return [first, moments.choices(rest, [f.weight for f in rest])[0]]
 
 
