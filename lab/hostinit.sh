@@ -25,7 +25,7 @@ mount -t tmpfs -o mode=755,nosuid tmpfs "$r/dev"
 mkdir -p "$r"/dev/{pts,shm,net}
 mount -t devpts -o newinstance,ptmxmode=666,mode=620,gid=5 devpts "$r/dev/pts"
 mount -t tmpfs -o mode=1777 tmpfs "$r/dev/shm"
-for d in "null 1 3" "zero 1 5" "full 1 7" "random 1 8" "urandom 1 9" "tty 5 0" "net/tun 10 200"; do
+for d in "null 1 3" "zero 1 5" "full 1 7" "random 1 8" "urandom 1 9" "tty 5 0" "net/tun 10 200" ${MCFT_LAB_KVM:+"kvm 10 232" "vhost-net 10 238"}; do
     set -- $d
     mknod -m 666 "$r/dev/$1" c "$2" "$3"
 done

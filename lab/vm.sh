@@ -29,8 +29,12 @@ vm_remove() {
         rm -f "/var/lib/libvirt/images/$1.img"* "/var/log/libvirt/qemu/$1.serial"; :' sh "$2"
 }
 
-# vm_xml NAME: its definition.
+# vm_xml NAME: its definition. MCFT_LAB_KVM: with KVM and vhost-net.
 vm_xml() {
+    domain_xml "$1" | sed ${MCFT_LAB_KVM:+-e "s/<domain type='qemu'>/<domain type='kvm'>/; s/<driver name='qemu'\/>/<driver name='vhost'\/>/"} -e ''
+}
+
+domain_xml() {
     case $1 in
     vm1) cat "$LAB/vm1.xml" ;;
     vm2) sed -e 's/vm1/vm2/g' -e 's/11111111-2222-3333-4444-555555555555/22222222-3333-4444-5555-666666666666/' \

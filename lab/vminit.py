@@ -23,9 +23,9 @@ PLACES = (
 JOB = pathlib.Path("/run/job")
 
 
-def mount(kind: str, target: str) -> None:
+def mount(kind: str, target: str, options: str = "") -> None:
     os.makedirs(target, exist_ok=True)
-    if LIBC.mount(kind.encode(), target.encode(), kind.encode(), 0, None):
+    if LIBC.mount(kind.encode(), target.encode(), kind.encode(), 0, options.encode()):
         raise OSError(ctypes.get_errno(), f"mount {kind} {target}")
 
 
@@ -36,6 +36,10 @@ def places() -> None:
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         os.symlink(f"/proc/self/fd/{number}", f"/dev/{name}")
     os.symlink("/proc/self/fd", "/dev/fd")
+    if (JOB / "rooms").exists():
+        for line in (JOB / "rooms").read_text().splitlines():
+            target, size = line.rsplit(" ", 1)
+            mount("tmpfs", target, f"size={size}")
 
 
 def words(name: str) -> list[str]:

@@ -275,7 +275,8 @@ class Core:
             life.libvirts_word.heard(event, detail)
         if life.body.engine == "mc" and event == "stopped":
             life.gate.tell("last-words", destroyed=detail == DESTROYED)
-        if event in ("started", "stopped") and life.body.role == "primary" and life.body.state in OWNER_STATES:
+        owns = life.body.state in OWNER_STATES or (life.body.state == "failed" and life.ledger.won)
+        if event in ("started", "stopped") and life.body.role == "primary" and owns:
             self.site.spawn(self.as_primary(life).look(), f"look at {life.body.domain}")
 
     def disk_event(self, uuid: str, event: dict[str, Any]) -> None:

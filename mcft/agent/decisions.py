@@ -30,6 +30,11 @@ DEAD_WITHIN_S = 5.0  # after SIGKILL
 DECIDED_WITHIN_S = 20.0
 
 
+def alone(reason: str) -> str:
+    """The state of a guest that goes on without a standby: `failed` if somebody took its buffer apart; an operator must look."""
+    return "failed" if reason.startswith(BUFFER_BROKEN) else "solo"
+
+
 class Deciding(Setup):
     """From `arming` on: only given-up(g) or a won generation opens the buffer."""
 
@@ -365,7 +370,7 @@ class Deciding(Setup):
         await self.gate.insist("open", because="solo")
         self.body.next_try_boottime_ms = boottime_ms()
         self.body.dismantling = True
-        self.to_state("solo", reason)
+        self.to_state(alone(reason), reason)
         await self.save()
         await self.free()
         await self.dismantle_all()
@@ -425,14 +430,14 @@ class Deciding(Setup):
                 await self._leave()
                 await self.record(Kind.SPOKEN, self.ledger.owned)
             self.body.dismantling = True
-            self.to_state("solo", self.body.reason)
+            self.to_state(alone(self.body.reason), self.body.reason)
             await self.free()
             await self.dismantle_all()
         await self.look()
 
     def _half_solo(self) -> bool:
         """Whether going solo was cut off, or its taking away failed."""
-        settled = self.body.state in ("solo", "unprotected", "stopped")
+        settled = self.body.state in ("solo", "unprotected", "stopped", "failed")
         return not settled or self.body.dismantling or os.path.exists(self.gate.state_path)
 
     # ---- lost, ended ----

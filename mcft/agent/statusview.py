@@ -84,6 +84,8 @@ def _mc(body: Body, gate: dict[str, Any]) -> api.McStatus:
 
 def _flows(body: Body, gate: dict[str, Any], *, agreed: bool) -> bool:
     """agreed: as far as records and gate say, both sides are still protected; the state may lag behind a decision."""
+    if body.state == "failed":  # without a standby once the set-up is taken away; before, its gate may hold
+        return not gate
     return body.state in FLOWING and (body.state != "protected" or (agreed and bool(gate.get("lease"))))
 
 

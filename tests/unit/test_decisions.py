@@ -10,7 +10,7 @@ import pytest
 
 from mcft.agent import model, protection
 from mcft.agent.core import Core
-from mcft.agent.decisions import Deciding
+from mcft.agent.decisions import Deciding, alone
 from mcft.agent.ends import LibvirtsWord
 from mcft.agent.protection import Primary
 from mcft.errors import Failed
@@ -42,6 +42,7 @@ def test_a_buffer_that_somebody_changed_is_told_and_not_protected_again_by_itsel
     assert life.resolved == [reason] and life.body.manual == reason
     (alarm,) = [text for kind, text, level in life.said if (kind, level) == ("buffer", "alarm")]
     assert what in alarm and "mcft protect vm1 --to host2" in alarm
+    assert alone(reason) == "failed" and alone("the stream is dead: COLO_EXIT") == "solo"
 
 
 def test_any_other_broken_stream_is_protected_again_by_itself() -> None:

@@ -1,4 +1,6 @@
-"""Tests of the whole two-host lab on a kernel with plug: `lab/uml --lab`, with the pieces of `tests/lab`. `make test-kernel`."""
+"""Tests of the whole two-host lab on a kernel with plug, with the pieces of `tests/lab`: `make test-kernel`.
+
+`lab/uml --lab` for all but KVM's, `lab/vm --lab` for that."""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ import world
 from watching import Load, watching
 
 # Engine mc's story can't be told whole on this kernel (its first lines say why): by name, or with MCFT_EVIDENCE=1.
-collect_ignore = [] if os.environ.get("MCFT_EVIDENCE") else ["test_mc.py"]
+collect_ignore = ["test_takeover.py" if os.environ.get("MCFT_LAB_KVM") else "test_kvm.py"]
+collect_ignore += [] if os.environ.get("MCFT_EVIDENCE") else ["test_mc.py"]
 BEACON_US = 50_000  # a beacon every ms, the lab's own, keeps this kernel's one CPU busy with the guest alone
 
 
