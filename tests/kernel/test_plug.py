@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import random
 import select
+import socket
 import time
 from collections.abc import Iterator
 
 import pytest
 from frames import Wire, nic, sh
+from switches import datagram, on_open_vswitch, routed
 
 from mcft.commit import CommitGate, Release, SetBarrier
 from mcft.errors import Failed, Refused
@@ -58,6 +60,56 @@ def test_epochs_leave_exactly_and_in_order(wire: Wire, buffer: PlugBuffer) -> No
         assert wire.comes(50) == before
         before = now
     assert held(buffer) == 50 and not buffer.broken
+
+
+def test_epochs_leave_in_order_on_open_vswitch(wire: Wire) -> None:
+    """Its datapath takes what comes from a tap by the same hook as a bridge. Fails if the redirect does not come before that."""
+    on_open_vswitch("vnet0", "c0")
+    wire.kinds = tuple(kind for kind in wire.kinds if kind != 0x8100)  # another flow's
+    sent = wire.send(0, 12)
+    assert wire.comes(12) == sent, "the datapath itself passes everything"
+    buffer = attached(wire)
+    buffer.hold()
+    before = wire.send(0, 24)
+    for epoch in range(1, 10):
+        buffer.barrier()
+        now = wire.send(epoch, 24)
+        assert wire.arrived() == []
+        buffer.release()
+        assert wire.comes(24) == before
+        before = now
+    buffer.open()
+    assert wire.comes(24) == before and not buffer.broken
+    buffer.detach()
+    sent = wire.send(0, 12)
+    assert wire.comes(12) == sent
+
+
+def test_epochs_leave_in_order_into_the_hosts_own_routes(wire: Wire) -> None:
+    """A tap on no bridge. Fails if what leaves the IFB does not come back as the tap's, or leaves before its release."""
+    mac = routed("vnet0", "10.5.0.1")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as host:
+        host.bind(("10.5.0.1", 5005))
+        host.settimeout(10)
+
+        def say(*words: bytes) -> None:
+            for word in words:
+                os.write(wire.fds["vnet0"], datagram(mac, "10.5.0.10", "10.5.0.1", 5005, word))
+
+        say(b"before")
+        assert host.recv(100) == b"before"
+        buffer = attached(wire)
+        buffer.hold()
+        say(b"1", b"2")
+        buffer.barrier()
+        say(b"3")
+        assert select.select([host], [], [], 0.2)[0] == []
+        buffer.release()
+        assert [host.recv(100), host.recv(100)] == [b"1", b"2"] and select.select([host], [], [], 0.2)[0] == []
+        buffer.open()
+        buffer.detach()
+        say(b"4")
+        assert [host.recv(100), host.recv(100)] == [b"3", b"4"]
 
 
 def test_two_nics_share_each_epoch(two: Wire) -> None:
