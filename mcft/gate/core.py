@@ -19,6 +19,8 @@ from mcft.monitor import Message
 
 ASK_OVERDUE_MS = 1000.0
 WATCHED = ("preparing", "arming", "armed", "protected")
+KEEPALIVES = 6  # in each T
+EARLY = 0.8  # of the time between two: from then on the primary's goes with the turn that reads the standby's
 
 
 class Side(Protocol):
@@ -62,6 +64,7 @@ class Gate:
         self.rdma = self._rdma_link()
         self._alarmed = ""
         self._last_send_ms = float("-inf")
+        self._keepalive = 0  # the number of its timer
         self.side = make_side(self)
         self._handlers: dict[str, Callable[[dict[str, Any], Answer], None]] = {
             "status": lambda request, answer: answer(self.status()),
@@ -159,7 +162,10 @@ class Gate:
             self.rdma.send(datagram)
 
     def _keepalive_timer(self) -> None:
-        self.loop.after(self.state.loss_ms / 6, self._keepalive_timer)
+        interval_ms = self.state.loss_ms / KEEPALIVES
+        # The standby is a little faster, so that the primary, which has more to do, wakes once for both (`_receive`).
+        leads = self.state.role == "primary"
+        self._keepalive = self.loop.after(interval_ms if leads else 0.95 * interval_ms, self._keepalive_timer)
         if len(self.links) < len(self.state.links):
             self.open_links()
         now_ms = boottime_ms()
@@ -214,6 +220,9 @@ class Gate:
             self.side.on_heard(heard, now_ms)
             if changed:
                 self.decide(now_ms)
+            if self.state.role == "primary" and now_ms - self._last_send_ms > EARLY * self.state.loss_ms / KEEPALIVES:
+                self.loop.cancel(self._keepalive)
+                self._keepalive_timer()
 
     # ---- watching ----
 

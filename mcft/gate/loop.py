@@ -66,9 +66,16 @@ class Loop:
         except (KeyError, ValueError):
             return
 
-    def after(self, delay_ms: float, call: Callable[[], None]) -> None:
-        """Call once, delay_ms from now."""
-        heapq.heappush(self._timers, (boottime_ms() + delay_ms, next(self._order), call))
+    def after(self, delay_ms: float, call: Callable[[], None]) -> int:
+        """Call once, delay_ms from now; what `cancel` wants to know."""
+        number: int = next(self._order)
+        heapq.heappush(self._timers, (boottime_ms() + delay_ms, number, call))
+        return number
+
+    def cancel(self, number: int) -> None:
+        """That call is not made; fine if it was."""
+        self._timers = [timer for timer in self._timers if timer[1] != number]
+        heapq.heapify(self._timers)
 
     def spawn(self, task: Task) -> None:
         """Start a task at once; it runs up to its first wait."""
