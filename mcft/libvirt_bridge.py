@@ -35,6 +35,7 @@ REGEX = 1  # VIR_CONNECT_DOMAIN_QEMU_MONITOR_EVENT_REGISTER_REGEX
 START_S = 60.0  # so long, whether libvirtd answers or not
 START_MOST_S = 240.0
 LIVENESS_EVERY_S = 5.0
+WITH_FILES = 8_002_000  # libvirt's version that has virDomainQemuMonitorCommandWithFiles
 EVENTS = ("defined", "undefined", "started", "suspended", "resumed", "stopped", "shutdown", "pmsuspended", "crashed")
 _event_thread: threading.Thread | None = None
 
@@ -328,8 +329,7 @@ class LibvirtHost:
 
         def work(conn: Any) -> str:
             domain = self._find(conn, uuid)
-            if fds and not hasattr(libvirt_qemu, "qemuMonitorCommandWithFiles"):
-                why = "its Python binding is older than 8.2"
+            if fds and (why := _no_files(conn)):
                 raise Failed("old-libvirt", "this libvirt can't hand descriptors to QEMU", why, "bring it up to date")
             if fds:
                 # The binding wants file objects' descriptors as a list; QEMU gets duplicates.
@@ -363,15 +363,24 @@ class LibvirtHost:
     async def versions(self) -> dict[str, str]:
         """{"libvirt": "11.3.0", "qemu": "11.1.3"} of the daemon and its default emulator."""
 
-        def text(number: int) -> str:
-            return f"{number // 1000000}.{number // 1000 % 1000}.{number % 1000}"
+        return await self.call(lambda conn: {"libvirt": _version(conn.getLibVersion()), "qemu": _version(conn.getVersion())})
 
-        return await self.call(lambda conn: {"libvirt": text(conn.getLibVersion()), "qemu": text(conn.getVersion())})
+
+def _version(number: int) -> str:
+    return f"{number // 1000000}.{number // 1000 % 1000}.{number % 1000}"
 
 
 def _timed_out(timeout_s: float) -> Failed:
     why = f"libvirt did not answer within {timeout_s:g} s"
     return Failed("libvirt-timeout", why, "", "look at: systemctl status libvirtd")
+
+
+def _no_files(conn: Any) -> str:
+    """Empty, or why descriptors can't go along: the daemon is asked, for an old one says "unknown procedure: 7"."""
+    if not hasattr(libvirt_qemu, "qemuMonitorCommandWithFiles"):
+        return "its Python binding is older than 8.2"
+    daemon = int(conn.getLibVersion())
+    return f"libvirtd is {_version(daemon)}, and 8.2 is the first that does" if daemon < WITH_FILES else ""
 
 
 def _text(answer: Any) -> str:

@@ -7,6 +7,7 @@ QEMU: `docs/interop/qmp-spec.rst`, `qapi/*.json`.
 from __future__ import annotations
 
 import os
+import re
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mcft.errors import Failed
@@ -77,22 +78,43 @@ class Qmp:
 async def add_monitor(qmp: Qmp, path: str) -> None:
     """Add mcft's own monitor while the domain runs; QEMU listens on a socket that it is handed, root alone reaches it.
 
-    QEMU >= 11.1: `chardev-add` + `object-add monitor-qmp`. Raises: QmpError.
+    Before libvirt 8.2 nothing can be handed over: it listens on its own, which its user reaches too; path is a link to it.
+    QEMU >= 11.1: `chardev-add` + `object-add monitor-qmp`. Raises: QmpError, Failed.
     """
     import socket
 
     os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-    if os.path.exists(path):
+    if os.path.lexists(path):
         os.unlink(path)
+    address: dict[str, Any] = {"type": "fd", "data": {"str": "mcft-mon-fd"}}
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(path)
         os.chmod(path, 0o600)
         listener.listen(1)
-        await qmp.pass_fd("mcft-mon-fd", listener.fileno())
-    address = {"type": "fd", "data": {"str": "mcft-mon-fd"}}
+        try:
+            await qmp.pass_fd("mcft-mon-fd", listener.fileno())
+        except Failed as error:
+            if error.code != "old-libvirt" or not (folder := own_folder((await qmp.host.info(qmp.uuid)).qemu_pid)):
+                raise
+            address = {"type": "unix", "data": {"path": os.path.join(folder, "mcft.sock")}}
+            os.unlink(path)
+            os.symlink(address["data"]["path"], path)
     backend = {"type": "socket", "data": {"addr": address, "server": True, "wait": False}}
     await qmp.execute("chardev-add", id="mcft-mon", backend=backend)
     await qmp.execute("object-add", **{"qom-type": "monitor-qmp"}, id="mcft-qmp", chardev="mcft-mon")
+
+
+def own_folder(qemu_pid: int) -> str:
+    """libvirt's folder for this QEMU alone, where it may make a socket whatever confines it; empty if it isn't known.
+
+    `/var/lib/libvirt/qemu/domain-ID-NAME`: the master key is in it, and QEMU was told where.
+    """
+    try:
+        with open(f"/proc/{qemu_pid}/cmdline", "rb") as file:
+            found = re.search(rb"(/[^\0\",]+)/master-key\.aes", file.read())
+    except OSError:
+        return ""
+    return os.fsdecode(found[1]) if found else ""
 
 
 async def remove_monitor(qmp: Qmp, path: str) -> None:
@@ -103,5 +125,5 @@ async def remove_monitor(qmp: Qmp, path: str) -> None:
     chardevs = {row["label"] for row in await qmp.execute("query-chardev")}
     if "mcft-mon" in chardevs:
         await qmp.execute("chardev-remove", id="mcft-mon")
-    if os.path.exists(path):
+    if os.path.lexists(path):
         os.unlink(path)

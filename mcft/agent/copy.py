@@ -174,7 +174,7 @@ class Copy(Life):
         return Endpoint(config.listen_addresses[0], port, config.name if self.body.tls else "")
 
     async def _remove_monitor(self) -> None:
-        if os.path.exists(self.monitor_path()):
+        if os.path.lexists(self.monitor_path()):
             os.unlink(self.monitor_path())
 
     async def _replicate(self) -> None:

@@ -131,7 +131,7 @@ class Setup(Life):
     async def _remove_monitor(self) -> None:
         if await self._qemu_here():
             await remove_monitor(self.qmp, self.monitor_path())
-        elif os.path.exists(self.monitor_path()):
+        elif os.path.lexists(self.monitor_path()):
             os.unlink(self.monitor_path())
 
     def _there(self, port: int) -> Endpoint:

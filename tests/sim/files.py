@@ -87,6 +87,8 @@ class _Path:
         host = here.host
         return path in host.files.held or path in host.machine.sockets
 
+    lexists = exists
+
     @staticmethod
     def isdir(path: str) -> bool:
         return any(name.startswith(f"{path}/") for name in here.host.files.held)
