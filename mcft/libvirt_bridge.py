@@ -35,6 +35,9 @@ REGEX = 1  # VIR_CONNECT_DOMAIN_QEMU_MONITOR_EVENT_REGISTER_REGEX
 START_S = 60.0  # so long, whether libvirtd answers or not
 START_MOST_S = 240.0
 LIVENESS_EVERY_S = 5.0
+# libvirt's client library 9.0 (Debian 12's; not 11.3) may let a call lie while another one of this connection waits, until
+# something else is sent (Fedora, 9.7.0-4: "I/O stall when multiple threads issue RPC calls"): a second, not the usual five.
+KEEPALIVE_S, KEEPALIVES = 1, 15
 WITH_FILES = 8_002_000  # libvirt's version that has virDomainQemuMonitorCommandWithFiles
 EVENTS = ("defined", "undefined", "started", "suspended", "resumed", "stopped", "shutdown", "pmsuspended", "crashed")
 _event_thread: threading.Thread | None = None
@@ -115,7 +118,7 @@ class LibvirtHost:
             if self._conn is not None and self._conn.isAlive():
                 return self._conn
             self._conn = libvirt.open(self.uri)
-            self._conn.setKeepAlive(5, 3)
+            self._conn.setKeepAlive(KEEPALIVE_S, KEEPALIVES)
             self._conn.domainEventRegisterAny(None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._lifecycle, None)
             libvirt_qemu.qemuMonitorEventRegister(self._conn, None, DISK_EVENTS, self._disk_event, None, REGEX)
             for uuid in self._watched:

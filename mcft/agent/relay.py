@@ -18,7 +18,8 @@ if TYPE_CHECKING:  # so that it can be tested without libvirt
     from mcft.agent.site import Life
 
 PATIENCE_S, PROBE_EVERY_S = 1.5, 1.0
-WORDS_S, WORDS_EVERY_S, WORDS_ANSWER_S = 3.0, 0.1, 0.5
+WORDS_S, WORDS_EVERY_S = 3.0, 0.1
+WORDS_ANSWER_S = 1.5  # longer than an old client library lets a call lie (`libvirt_bridge.KEEPALIVE_S`)
 CALL_S = 95.0  # longer than QEMU's own 70 s in a dead stream
 
 
