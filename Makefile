@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 SECONDS ?= 60
 
-.PHONY: help venv lint test-unit test-lab test-plug test-kernel test-kvm test-rdma sim test-sim sim-exhaustive sim-errors test demo chaos bench evidence mutants man clean
+.PHONY: help venv lint test-unit test-lab test-plug test-kernel test-kvm test-rdma test-oldlibvirt sim test-sim sim-exhaustive sim-errors test demo chaos bench evidence mutants man clean
 
 help:
 	@echo 'make demo       lab, protect, power loss, take-over, protect back, planned switch home; ends with a table'
@@ -13,6 +13,7 @@ help:
 	@echo 'make test-kernel  the plug buffer: on real qdiscs, then under the whole lab, on user-mode Linux (root)'
 	@echo 'make test-kvm   the plug buffer under a guest on KVM with vhost-net, in a VM (root)'
 	@echo 'make test-rdma  the RDMA keepalive, in a VM (root)'
+	@echo 'make test-oldlibvirt  what agents ask of libvirt, on libvirtd 7.0 (root; not part of make test)'
 	@echo 'make sim        the protocol in a simulated world: SECONDS=60, and SEED=n replays one (docs/correctness.md)'
 	@echo 'make bench      the figures, as ratios within one run'
 	@echo 'make chaos      random real faults in the lab: MINUTES=4, and SEED=n repeats one (root)'
@@ -52,6 +53,10 @@ test-kvm: venv
 # The RDMA keepalive, on rxe in a VM (QEMU without KVM): kernel and pyverbs fetched once by apt into lab/.cache. Root. Four minutes.
 test-rdma: venv
 	MCFT_VM_TIMEOUT_S=$(if $(MCFT_EVIDENCE),2400,900) lab/vm $(CURDIR)/$(RUN) -m pytest tests/rdma -v -s -p no:cacheprovider
+
+# Every call of libvirt on Debian 11's libvirtd 7.0 with QEMU 5.2, fetched once by apt into lab/.cache. Root. Half a minute.
+test-oldlibvirt: venv
+	lab/old --lab $(CURDIR)/$(RUN) -m pytest tests/oldlibvirt -v -p no:cacheprovider
 
 # The real decision code in a deterministic world (docs/correctness.md): random faults, every interleaving, deliberate errors.
 sim: venv
