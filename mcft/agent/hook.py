@@ -150,7 +150,9 @@ class HookProof:
 
 
 def _probe_xml(uuid: str, machine_xml: str) -> str:
+    # Without it libvirt 7.0 says -no-acpi, which QEMU 11.1 has no more. (Others than PCs may not have it.)
+    acpi = "<features><acpi/></features>" if "x86_64" in machine_xml or "i686" in machine_xml else ""
     return (
-        f"<domain type='qemu'><name>{PROBE_NAME}</name><uuid>{uuid}</uuid><memory unit='MiB'>16</memory>"
-        f"<vcpu>1</vcpu>{machine_xml}<devices><controller type='usb' model='none'/><memballoon model='none'/></devices></domain>"
+        f"<domain type='qemu'><name>{PROBE_NAME}</name><uuid>{uuid}</uuid><memory unit='MiB'>16</memory><vcpu>1</vcpu>"
+        f"{machine_xml}{acpi}<devices><controller type='usb' model='none'/><memballoon model='none'/></devices></domain>"
     )
