@@ -37,7 +37,8 @@ host_files() {
     echo "$n mcft lab" | md5sum | cut -c1-32 > "$r/etc/machine-id"
     install -d -m 755 "$r/etc/libvirt/hooks" "$r/etc/mcft" "$r/etc/systemd/system/mcft-gate@.service.d" "$r/etc/systemd/system/mcft-agent.service.d"
     install -m 644 "$LAB/files/qemu.conf" "$LAB/files/libvirtd.conf" "$r/etc/libvirt/"
-    rm -f "$r/etc/libvirt/qemu/networks/autostart/default.xml"
+    rm -rf "$r/etc/libvirt/qemu/networks/autostart/default.xml" "$r/etc/systemd/system/libvirtd.service.d"
+    [ -z "${MCFT_LAB_OLD:-}" ] || install -D -m 644 "$LAB/files/libvirtd-old.conf" "$r/etc/systemd/system/libvirtd.service.d/lab.conf"
     echo 'LIBVIRTD_ARGS=' > "$r/etc/default/libvirtd" # Debian's --timeout 120 would end an idle libvirtd
     mcft_files "$n" "$r"
     host_units "$r"

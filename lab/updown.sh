@@ -48,6 +48,7 @@ lab_up() {
     fi
     tear_down # what a broken lab may have left
     build_shared
+    [ -z "${MCFT_LAB_OLD:-}" ] || "$LAB/old" true
     say "network and hosts"
     mkdir -p "$STATE/links" "$CG"
     net_switch_up

@@ -29,9 +29,10 @@ vm_remove() {
         rm -f "/var/lib/libvirt/images/$1.img"* "/var/log/libvirt/qemu/$1.serial"; :' sh "$2"
 }
 
-# vm_xml NAME: its definition. MCFT_LAB_KVM: with KVM and vhost-net.
+# vm_xml NAME: its definition. MCFT_LAB_KVM: with KVM and vhost-net. MCFT_LAB_OLD: for a libvirt that knows no <cpu mode='maximum'/>.
 vm_xml() {
-    domain_xml "$1" | sed ${MCFT_LAB_KVM:+-e "s/<domain type='qemu'>/<domain type='kvm'>/; s/<driver name='qemu'\/>/<driver name='vhost'\/>/"} -e ''
+    domain_xml "$1" | sed ${MCFT_LAB_KVM:+-e "s/<domain type='qemu'>/<domain type='kvm'>/; s/<driver name='qemu'\/>/<driver name='vhost'\/>/"} \
+        ${MCFT_LAB_OLD:+-e "/<cpu mode='maximum'/d"} -e ''
 }
 
 domain_xml() {
