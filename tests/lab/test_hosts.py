@@ -8,7 +8,8 @@ from watching import Load, settled, verified
 from world import H1, H2, guest, guest_answers, lab, now, pause, protect, until
 
 Measure = Callable[[str, float], float]
-DEFINE = "virsh -q define /opt/mcft/lab/vm1.xml"
+# (Without its CPU, which libvirt 7.0 does not know.)
+DEFINE = "sed '/<cpu/d' /opt/mcft/lab/vm1.xml > /run/backup.xml && virsh -q define /run/backup.xml"
 
 
 def test_a_returning_primary_starts_no_second_instance(load: Load) -> None:
