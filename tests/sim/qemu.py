@@ -36,7 +36,15 @@ class Connection:
         return self.open and self._cut()
 
     def on_end(self, end: Qemu, call: Callable[[], None]) -> None:
-        self._ended[self.ends.index(end)] = call
+        said = False
+
+        def once() -> None:
+            nonlocal said
+            if not said:
+                said = True
+                call()
+
+        self._ended[self.ends.index(end)] = once
 
     def send(self, sender: Qemu, call: Callable[[], None], delay_ms: float = 0.0) -> None:
         """call runs at the other end, unless that has ended by then."""
@@ -95,11 +103,12 @@ class Connection:
         self.world.at(200.0, other.proc, look)
 
     def reset(self, by: Qemu) -> None:
-        """A yank: our end knows at once; the other end when it hears of it."""
-        told = self._ended[self.ends.index(by)]
-        was = self.open
+        """A yank: our end knows at once, also where the other host has lost its power; the other end when it hears of it."""
+        side = self.ends.index(by)
+        told = self._ended[side]
         self.close(by)
-        if was and told is not None:
+        self._closed[side] = True
+        if told is not None:
             told()
 
 
@@ -683,9 +692,9 @@ class Qemu:
 
     def _q_yank(self, a: dict[str, Any], r: Reply) -> Any:
         for instance in a["instances"]:
-            if instance["type"] == "migration" and self.stream is not None and self.stream.open:
+            if instance["type"] == "migration" and self.stream is not None:
                 self.stream.reset(self)
-            elif instance["type"] == "block-node" and self.nbd is not None and self.nbd.open:
+            elif instance["type"] == "block-node" and self.nbd is not None:
                 self.nbd.reset(self)
         self._unblock()
 
