@@ -200,15 +200,17 @@ class Qemu:
                 view = self._view()
                 if view != self.ram:
                     raise Violation("one instant", f"{self.host.name}: RAM {self.ram}, disk {view}")
-                if self.colo != "secondary":
-                    self.world.oracle.takes_over(self, self.image())
                 self.ram = Moment(self.world.history.fork(self.ram), self.ram.n)
+            if self.colo != "secondary" and not self._leads:
+                self._leads = True
+                self.world.oracle.takes_over(self, self.image())
         self.event("RESUME")
         if self.unsent:
             self.unsent = False
             self._packet(self.ram)
 
-    _own_branch = False
+    _own_branch = False  # since the last load
+    _leads = False
 
     def _stop_running(self) -> None:
         if self.runstate == "running":
