@@ -11,8 +11,9 @@ import pytest
 from mcft.agent import model, protection
 from mcft.agent.copy import Copy
 from mcft.agent.core import Core
-from mcft.agent.decisions import Deciding, alone
+from mcft.agent.decisions import Deciding
 from mcft.agent.ends import LibvirtsWord
+from mcft.agent.outcomes import alone
 from mcft.agent.protection import Primary
 from mcft.errors import Failed
 from mcft.failover import BUFFER_BROKEN
