@@ -146,7 +146,8 @@ def install() -> None:
         agent.setup, agent.protection, agent.outcomes, agent.ends, agent.again, agent.overlays)  # fmt: skip
     put("time", SimTime, gate.qemu, gate.primary, gate.standby, agent.site, agent.peers, agent.ports, agent.jobs)
     put("os", SimOs, gate.qemu, gate.primary, gate.standby, mcft.keepalive, agent.site, agent.setup, agent.decisions,
-        agent.outcomes, agent.copy, agent.gates, agent.overlays, agent.maintenance, agent.diskfiles, agent.overwriting, mcft.diskreplica)  # fmt: skip
+        agent.outcomes, agent.copy, agent.gates, agent.overlays, agent.maintenance, agent.diskfiles, agent.overwriting,
+        mcft.diskreplica)  # fmt: skip
     put("open", sim_open, agent.site, agent.outcomes, agent.overwriting, agent.diskfiles)
     put("process_start", process_start, gate.qemu, gate.primary, agent.site, agent.setup, agent.copy)
     put("secrets", SimSecrets, agent.setup, agent.acts, agent.coldstart, agent.maintenance)
