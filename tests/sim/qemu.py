@@ -205,7 +205,8 @@ class Qemu:
             if not self._own_branch:
                 self._own_branch = True
                 view = self._view()
-                if view != self.ram:
+                # (A write that failed here was told to the primary, perhaps later than this load: what counts is who takes over.)
+                if view != self.ram and not (self.colo == "secondary" and self.image().missed is not None):
                     raise Violation("one instant", f"{self.host.name}: RAM {self.ram}, disk {view}")
                 self.ram = Moment(self.world.history.fork(self.ram), self.ram.n)
             if self.colo != "secondary" and not self._leads:
@@ -218,6 +219,7 @@ class Qemu:
 
     _own_branch = False  # since the last load
     _leads = False
+    stops = 0  # commands, whoever's
     _committed: Moment | None = None  # what the disk showed when the overlays were in it
 
     def _stop_running(self) -> None:
@@ -530,6 +532,7 @@ class Qemu:
         return {"status": self.runstate, "running": self.runstate == "running"}
 
     def _q_stop(self, a: dict[str, Any], r: Reply) -> Any:
+        self.stops += 1
         if self.busy:
             if self.runstate == "running":
                 self.event("STOP")  # the drain of a checkpoint comes after it
