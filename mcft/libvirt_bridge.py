@@ -93,6 +93,7 @@ class LibvirtHost:
         self._pool = ThreadPoolExecutor(8, thread_name_prefix="libvirt")
         self._lock = threading.Lock()
         self._conn: Any = None
+        self._handles: tuple[Any, dict[str, Any]] = (None, {})  # of a connection: uuid → its domain
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def start(self) -> None:
@@ -235,6 +236,15 @@ class LibvirtHost:
             return conn.lookupByUUIDString(name_or_uuid)
         return conn.lookupByName(name_or_uuid)
 
+    def _handle(self, conn: Any, uuid: str) -> Any:
+        """To ask its monitor only: the daemon knows it by its uuid, whatever became of it since. Spares a call each time."""
+        if self._handles[0] is not conn:
+            self._handles = (conn, {})
+        handles = self._handles[1]
+        if uuid not in handles:
+            handles[uuid] = self._find(conn, uuid)
+        return handles[uuid]
+
     async def info(self, name_or_uuid: str) -> DomainInfo:
         """Raises: NotFound."""
 
@@ -331,7 +341,7 @@ class LibvirtHost:
         """One QMP command through the passthrough; the whole reply object. fds go along (`getfd`)."""
 
         def work(conn: Any) -> str:
-            domain = self._find(conn, uuid)
+            domain = self._handle(conn, uuid)
             if fds and (why := _no_files(conn)):
                 raise Failed("old-libvirt", "this libvirt can't hand descriptors to QEMU", why, "bring it up to date")
             if fds:

@@ -137,8 +137,8 @@ class Copy(Life):
         await self.save()
 
     async def _destroy(self) -> None:
-        """Whatever runs under this uuid here is the copy, until it has taken over: nothing did before it was made."""
-        if self.ledger.newest is Kind.TAKEN:
+        """Whatever runs under this uuid here is the copy, until it has taken over (and not given that back)."""
+        if self.ledger.newest is Kind.TAKEN and not self.ledger.resigned_win:
             return
         while self._creating is not None and not self._creating.done():
             # libvirt kills the process even of a start that is under way, which ends that start.

@@ -65,6 +65,7 @@ class Gate:
         self._alarmed = ""
         self._last_send_ms = float("-inf")
         self._keepalive = 0  # the number of its timer
+        self._in_hand = self._undecided = False  # datagrams were read, not weighed yet; and a decision waits for that
         self.side = make_side(self)
         self._handlers: dict[str, Callable[[dict[str, Any], Answer], None]] = {
             "status": lambda request, answer: answer(self.status()),
@@ -201,8 +202,11 @@ class Gate:
     def _receive(self, link: Link | RdmaLink) -> None:
         datagrams = link.receive()
         if datagrams:
-            # Also after a stall in the midst of a turn: its words are the cause of what the other side says.
+            # Also after a stall in the midst of a turn: its words are the cause of what the other side says. Nothing is decided
+            # by them before these datagrams are weighed: the other side is not silent.
+            self._in_hand = True
             self.qemu.read()
+            self._in_hand = False
         now_ms = boottime_ms()  # after the reading: an arrival may be taken for later than it was, never for earlier
         for datagram in datagrams:
             heard = self.session.accept(datagram, link.name, now_ms)
@@ -223,6 +227,8 @@ class Gate:
             if self.state.role == "primary" and now_ms - self._last_send_ms > EARLY * self.state.loss_ms / KEEPALIVES:
                 self.loop.cancel(self._keepalive)
                 self._keepalive_timer()
+        if self._undecided:
+            self.decide(now_ms)
 
     # ---- watching ----
 
@@ -270,6 +276,9 @@ class Gate:
 
     def decide(self, now_ms: float) -> None:
         """Decide until the first verdict that ends the watching; that one stands until the agent acts."""
+        self._undecided = self._in_hand
+        if self._in_hand:
+            return
         if self.verdict is not None or self.state.record not in WATCHED:
             return
         if now_ms < self.switching_until_ms and self.qemu.condition not in ("gone", "shutdown"):

@@ -2,51 +2,46 @@
 
 from __future__ import annotations
 
+import os
 import struct
-from socket import if_nametoindex, inet_aton
+from socket import AF_NETLINK, SOCK_RAW, if_nametoindex, inet_aton, socket
 
 from frames import SOURCE, sh
-from pyroute2.netlink import NLM_F_ACK, NLM_F_REQUEST, genlmsg
-from pyroute2.netlink.generic import GenericNetlinkSocket
 
-NEW = 1
-NETDEV = 1  # OVS_VPORT_TYPE_NETDEV
+NETLINK_GENERIC, GENL_ID_CTRL, CTRL_CMD_GETFAMILY = 16, 16, 3  # linux/genetlink.h
+REQUEST_ACK = 5  # NLM_F_REQUEST | NLM_F_ACK
+NEW, NETDEV = 1, 1  # OVS_…_CMD_NEW, OVS_VPORT_TYPE_NETDEV
 IN_PORT, ETHERNET, OUTPUT = 3, 4, 1  # OVS_KEY_ATTR_…, OVS_ACTION_ATTR_OUTPUT
 
 
-class _Ovs(genlmsg):
-    fields = (*genlmsg.fields, ("dp_ifindex", "i"))
-
-
-class _Datapath(_Ovs):
-    nla_map = (("OVS_DP_ATTR_UNSPEC", "none"), ("OVS_DP_ATTR_NAME", "asciiz"), ("OVS_DP_ATTR_UPCALL_PID", "uint32"))
-
-
-class _Vport(_Ovs):
-    nla_map = (
-        ("OVS_VPORT_ATTR_UNSPEC", "none"), ("OVS_VPORT_ATTR_PORT_NO", "uint32"), ("OVS_VPORT_ATTR_TYPE", "uint32"),
-        ("OVS_VPORT_ATTR_NAME", "asciiz"), ("OVS_VPORT_ATTR_OPTIONS", "none"), ("OVS_VPORT_ATTR_UPCALL_PID", "uint32"),
-    )  # fmt: skip
-
-
-class _Flow(_Ovs):
-    nla_map = tuple(
-        (f"OVS_FLOW_ATTR_{name}", "cdata") for name in ("UNSPEC", "KEY", "ACTIONS", "STATS", "TCP_FLAGS", "USED", "CLEAR", "MASK")
-    )
-
-
 def _attribute(number: int, value: bytes) -> bytes:
-    return struct.pack("=HH", 4 + len(value), number) + value
+    return (struct.pack("=HH", 4 + len(value), number) + value).ljust(4 + (len(value) + 3) // 4 * 4, b"\0")
 
 
-def _asked(family: str, message: type[_Ovs], dp_ifindex: int, **values: object) -> None:
-    prefix = {_Datapath: "OVS_DP_ATTR_", _Vport: "OVS_VPORT_ATTR_", _Flow: "OVS_FLOW_ATTR_"}[message]
-    with GenericNetlinkSocket() as socket:
-        socket.bind(family, message)
-        asked = message()
-        asked["cmd"], asked["version"], asked["dp_ifindex"] = NEW, 2 if message is _Datapath else 1, dp_ifindex
-        asked["attrs"] = [(prefix + name, value) for name, value in values.items()]
-        list(socket.nlm_request(asked, msg_type=socket.prid, msg_flags=NLM_F_REQUEST | NLM_F_ACK))
+def _u32(number: int, value: int) -> bytes:
+    return _attribute(number, struct.pack("=I", value))
+
+
+def _genetlink(family: int, command: int, version: int, body: bytes) -> bytes:
+    """The first message that comes back. Raises: OSError."""
+    with socket(AF_NETLINK, SOCK_RAW, NETLINK_GENERIC) as netlink:
+        netlink.send(struct.pack("=IHHIIBBH", 20 + len(body), family, REQUEST_ACK, 1, 0, command, version, 0) + body)
+        reply = netlink.recv(65536)
+    if reply[4:6] == b"\2\0" and (code := struct.unpack_from("=i", reply, 16)[0]):  # NLMSG_ERROR
+        raise OSError(-code, os.strerror(-code))
+    return reply
+
+
+def _family(name: str) -> int:
+    reply = _genetlink(GENL_ID_CTRL, CTRL_CMD_GETFAMILY, 1, _attribute(2, name.encode() + b"\0"))
+    at = 20
+    while struct.unpack_from("=H", reply, at + 2)[0] != 1:  # CTRL_ATTR_FAMILY_ID
+        at += (struct.unpack_from("=H", reply, at)[0] + 3) // 4 * 4
+    return int(struct.unpack_from("=H", reply, at + 4)[0])
+
+
+def _ovs(family: str, version: int, dp_ifindex: int, *attributes: bytes) -> None:
+    _genetlink(_family(family), NEW, version, struct.pack("=i", dp_ifindex) + b"".join(attributes))
 
 
 def on_open_vswitch(tap: str, outside: str) -> None:
@@ -55,14 +50,16 @@ def on_open_vswitch(tap: str, outside: str) -> None:
     Without the daemon: one flow per direction is all that two ports need.
     """
     sh(f"ip link set {tap} nomaster; ip link set {outside} nomaster")
-    _asked("ovs_datapath", _Datapath, 0, NAME="ovs0", UPCALL_PID=0)
+    _ovs("ovs_datapath", 2, 0, _attribute(1, b"ovs0\0"), _u32(2, 0))  # NAME, UPCALL_PID
     index = if_nametoindex("ovs0")
     for number, name in ((1, tap), (2, outside)):
-        _asked("ovs_vport", _Vport, index, PORT_NO=number, TYPE=NETDEV, NAME=name, UPCALL_PID=0)
+        # PORT_NO, TYPE, NAME, UPCALL_PID
+        port = (_u32(1, number), _u32(2, NETDEV), _attribute(3, name.encode() + b"\0"), _u32(5, 0))
+        _ovs("ovs_vport", 1, index, *port)
     for come, go in ((1, 2), (2, 1)):
-        key = _attribute(IN_PORT, struct.pack("=I", come)) + _attribute(ETHERNET, bytes(12))
-        mask = _attribute(IN_PORT, b"\xff" * 4) + _attribute(ETHERNET, bytes(12))
-        _asked("ovs_flow", _Flow, index, KEY=key, MASK=mask, ACTIONS=_attribute(OUTPUT, struct.pack("=I", go)))
+        key = _u32(IN_PORT, come) + _attribute(ETHERNET, bytes(12))
+        mask = _u32(IN_PORT, 0xFFFFFFFF) + _attribute(ETHERNET, bytes(12))
+        _ovs("ovs_flow", 1, index, _attribute(1, key), _attribute(7, mask), _attribute(2, _u32(OUTPUT, go)))  # KEY, MASK, ACTIONS
 
 
 def routed(tap: str, address: str) -> bytes:

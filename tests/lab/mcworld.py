@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 from world import CONFIG, REPO, Host, until
@@ -21,7 +22,8 @@ def definition(*, offloads: str = OFFLOADS) -> str:
     xml = re.sub(r"<emulator>.*</emulator>", f"<emulator>{EMULATOR}</emulator>", xml)
     words = "".join(f"<qemu:arg value='{word}'/>" for word in ("-global", offloads)) if offloads else ""
     more = f"<qemu:commandline>{words}</qemu:commandline></domain>" if words else "</domain>"
-    xml = xml.replace("<domain type='qemu'>", "<domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>")
+    kind = "kvm" if os.environ.get("MCFT_LAB_KVM") else "qemu"
+    xml = xml.replace("<domain type='qemu'>", f"<domain type='{kind}' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>")
     return xml.replace("</domain>", more)
 
 

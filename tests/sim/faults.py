@@ -283,9 +283,9 @@ def _suspend(world: World, host: Host, fault: Fault) -> None:
         if qemu.colo == "secondary" or qemu.runstate not in ("running",):
             continue
 
-        def resume(qemu: Qemu = qemu) -> None:
-            # Assumed (docs/correctness.md): nobody types it in just the ms of the null nodes.
-            if not any(name.startswith("mcft-0-") for name in qemu.nodes):
+        def resume(qemu: Qemu = qemu, stops: int = qemu.stops + 1) -> None:
+            # Assumed (docs/correctness.md): nobody types it in just the ms in which mcft changes the drives.
+            if qemu.stops == stops and not any(name.startswith("mcft-0-") for name in qemu.nodes):
                 qemu.command("cont", {}, lambda _reply: None)
 
         world.at(0.0, qemu.proc, qemu.command, "stop", {}, lambda _reply: None)

@@ -84,6 +84,8 @@ class Oracle:
             raise Violation("the truth", f"the copy on {host.name} runs on a disk that is {image.torn}")
         if image.missed is not None and self.world.history.holds(copy.ram, image.missed):
             raise Violation("the truth", f"the copy on {host.name} runs, and its disk lacks {image.missed}")
+        self.ended = False  # it goes on from before its end, which nobody could hear
+        image.missed = None  # a write of the epoch that is forgotten: `hidden` has what was there before it
 
     # ---- disks ----
 

@@ -36,7 +36,15 @@ class Connection:
         return self.open and self._cut()
 
     def on_end(self, end: Qemu, call: Callable[[], None]) -> None:
-        self._ended[self.ends.index(end)] = call
+        said = False
+
+        def once() -> None:
+            nonlocal said
+            if not said:
+                said = True
+                call()
+
+        self._ended[self.ends.index(end)] = once
 
     def send(self, sender: Qemu, call: Callable[[], None], delay_ms: float = 0.0) -> None:
         """call runs at the other end, unless that has ended by then."""
@@ -95,11 +103,12 @@ class Connection:
         self.world.at(200.0, other.proc, look)
 
     def reset(self, by: Qemu) -> None:
-        """A yank: our end knows at once; the other end when it hears of it."""
-        told = self._ended[self.ends.index(by)]
-        was = self.open
+        """A yank: our end knows at once, also where the other host has lost its power; the other end when it hears of it."""
+        side = self.ends.index(by)
+        told = self._ended[side]
         self.close(by)
-        if was and told is not None:
+        self._closed[side] = True
+        if told is not None:
             told()
 
 
@@ -161,6 +170,7 @@ class Qemu:
     def _died(self) -> None:
         self.world.note(self.host.name, "QEMU is gone")
         lost = not self.host.up
+        self._note_residue()
         for connection in (self.stream, self.nbd):
             if connection is not None:
                 connection.close(self, lost=lost)
@@ -170,6 +180,12 @@ class Qemu:
             if hasattr(chardev, "qemu_gone"):
                 chardev.qemu_gone()
         self.host.machine.qemu_ended(self)
+
+    def _note_residue(self) -> None:
+        """What remains, as `docs/correctness.md` says: the guest wrote to its disk, and the overlay that was committed into
+        it before is still there for some ms."""
+        if self._committed is not None and self.overlays and self.overlays[0] in self.host.files.held:
+            self.world.residue |= self.image().content != self._committed
 
     def image(self) -> Image:
         found = self.host.files.held.get(self.path)
@@ -189,17 +205,22 @@ class Qemu:
             if not self._own_branch:
                 self._own_branch = True
                 view = self._view()
-                if view != self.ram:
+                # (A write that failed here was told to the primary, perhaps later than this load: what counts is who takes over.)
+                if view != self.ram and not (self.colo == "secondary" and self.image().missed is not None):
                     raise Violation("one instant", f"{self.host.name}: RAM {self.ram}, disk {view}")
-                if self.colo != "secondary":
-                    self.world.oracle.takes_over(self, self.image())
                 self.ram = Moment(self.world.history.fork(self.ram), self.ram.n)
+            if self.colo != "secondary" and not self._leads:
+                self._leads = True
+                self.world.oracle.takes_over(self, self.image())
         self.event("RESUME")
         if self.unsent:
             self.unsent = False
             self._packet(self.ram)
 
-    _own_branch = False
+    _own_branch = False  # since the last load
+    _leads = False
+    stops = 0  # commands, whoever's
+    _committed: Moment | None = None  # what the disk showed when the overlays were in it
 
     def _stop_running(self) -> None:
         if self.runstate == "running":
@@ -511,6 +532,7 @@ class Qemu:
         return {"status": self.runstate, "running": self.runstate == "running"}
 
     def _q_stop(self, a: dict[str, Any], r: Reply) -> Any:
+        self.stops += 1
         if self.busy:
             if self.runstate == "running":
                 self.event("STOP")  # the drain of a checkpoint comes after it
@@ -679,13 +701,14 @@ class Qemu:
                     overlay.content = overlay.content if which == 0 else None
         if image.torn == "committing":
             image.torn = ""
+        self._committed = image.content
         self.failover = False
 
     def _q_yank(self, a: dict[str, Any], r: Reply) -> Any:
         for instance in a["instances"]:
-            if instance["type"] == "migration" and self.stream is not None and self.stream.open:
+            if instance["type"] == "migration" and self.stream is not None:
                 self.stream.reset(self)
-            elif instance["type"] == "block-node" and self.nbd is not None and self.nbd.open:
+            elif instance["type"] == "block-node" and self.nbd is not None:
                 self.nbd.reset(self)
         self._unblock()
 

@@ -110,6 +110,7 @@ def install() -> None:
     import mcft.agent.jobs
     import mcft.agent.maintenance
     import mcft.agent.network
+    import mcft.agent.outcomes
     import mcft.agent.overlays
     import mcft.agent.overwriting
     import mcft.agent.peers
@@ -142,11 +143,12 @@ def install() -> None:
             setattr(module, name, value)
 
     put("boottime_ms", boottime_ms, gate.loop, gate.core, gate.qemu, gate.primary, gate.standby, gate.lan, agent.site,
-        agent.setup, agent.protection, agent.decisions, agent.ends, agent.again, agent.overlays)  # fmt: skip
+        agent.setup, agent.protection, agent.outcomes, agent.ends, agent.again, agent.overlays)  # fmt: skip
     put("time", SimTime, gate.qemu, gate.primary, gate.standby, agent.site, agent.peers, agent.ports, agent.jobs)
-    put("os", SimOs, gate.qemu, gate.primary, gate.standby, mcft.keepalive, agent.site, agent.setup, agent.decisions, agent.copy,
-        agent.gates, agent.overlays, agent.maintenance, agent.diskfiles, agent.overwriting, mcft.diskreplica)  # fmt: skip
-    put("open", sim_open, agent.site, agent.decisions, agent.overwriting, agent.diskfiles)
+    put("os", SimOs, gate.qemu, gate.primary, gate.standby, mcft.keepalive, agent.site, agent.setup, agent.decisions,
+        agent.outcomes, agent.copy, agent.gates, agent.overlays, agent.maintenance, agent.diskfiles, agent.overwriting,
+        mcft.diskreplica)  # fmt: skip
+    put("open", sim_open, agent.site, agent.outcomes, agent.overwriting, agent.diskfiles)
     put("process_start", process_start, gate.qemu, gate.primary, agent.site, agent.setup, agent.copy)
     put("secrets", SimSecrets, agent.setup, agent.acts, agent.coldstart, agent.maintenance)
     put("random", SimRandom, agent.peers)

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 from mcft.agent import model, protection
+from mcft.agent.copy import Copy
 from mcft.agent.core import Core
-from mcft.agent.decisions import Deciding, alone
+from mcft.agent.decisions import Deciding
 from mcft.agent.ends import LibvirtsWord
+from mcft.agent.outcomes import alone
 from mcft.agent.protection import Primary
 from mcft.errors import Failed
 from mcft.failover import BUFFER_BROKEN
@@ -219,3 +221,30 @@ def test_an_undo_that_found_libvirtd_away_is_repeated(monkeypatch: pytest.Monkey
 
     life = asyncio.run(main())
     assert life.tries == 3 and "what remains" in life.states[0]
+
+
+class Left(Copy):
+    """A copy that a dead agent left behind, with these records."""
+
+    def __init__(self, *kinds: tuple[int, Kind]) -> None:
+        self.body: Any = SimpleNamespace(uuid="u", domain="vm1", qemu_pid=77)
+        self.ledger = Ledger("p", "standby", 3)
+        for g, kind in kinds:
+            self.ledger.append(kind, g)
+        self.killed: list[str] = []
+        self.site: Any = SimpleNamespace(host=SimpleNamespace(find=self._find))
+
+    async def _find(self, _uuid: str) -> None: ...
+
+    def kill_qemu(self) -> None:
+        self.killed.append("kill -9")
+
+
+def test_a_copy_whose_win_was_given_back_is_ended_also_by_the_next_agent() -> None:
+    """Fails if `_destroy` counts every `taken` as a guest that may run: the paused copy stayed for ever, and every later
+    `protect` was refused ("busy-there"; seed 80151, the agent killed behind `resigned`)."""
+    armed = [(3, Kind.PREPARING), (3, Kind.ARMED), (3, Kind.TAKEN)]
+    given_back, taken = Left(*armed, (4, Kind.RESIGNED)), Left(*armed)
+    asyncio.run(given_back._destroy())
+    asyncio.run(taken._destroy())
+    assert given_back.killed == ["kill -9"] and taken.killed == []
