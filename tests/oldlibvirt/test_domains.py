@@ -69,12 +69,15 @@ async def test_a_transient_domain_paused(host: Any, heard: Heard) -> None:
     uuid, xml = guests.domain("copy")
     info = await host.create_paused(xml)
     assert info.running and info.paused and not info.persistent and info.qemu_pid
+    assert (await host.qmp(uuid, {"execute": "query-status"}))["return"]["status"] == "prelaunch"
     await host.resume(uuid)
     assert not (await host.info(uuid)).paused
     await host.destroy(uuid)
     assert await host.find(uuid) is None
-    await host.create(xml)
-    assert (await host.info(uuid)).running
+    with pytest.raises(NotFound):
+        await host.qmp(uuid, {"execute": "query-status"})
+    await host.create(xml)  # the same uuid once more: its monitor is asked by the handle of the first one
+    assert (await host.qmp(uuid, {"execute": "query-status"}))["return"]["status"] == "running"
     os.kill((await host.info(uuid)).qemu_pid, 9)
     await comes("its end", lambda: len(heard.details(uuid, "stopped")) == 2)
     assert heard.details(uuid, "stopped") == [1, 5]  # destroyed; failed: a loss
