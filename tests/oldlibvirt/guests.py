@@ -67,7 +67,7 @@ def daemon_pid() -> int:
 
 
 def end_daemon() -> None:
-    """libvirtd only: its guests go on. (At SIGTERM 7.0 hangs now and then, once it has taken its socket away.)"""
+    """libvirtd only: its guests go on."""
     pid = daemon_pid()
     os.kill(pid, signal.SIGKILL)
     until("libvirtd ends", lambda: not Path(f"/proc/{pid}").exists())
