@@ -47,6 +47,7 @@ def protection(
     primary = body.role == "primary"
     g = ledger.owned if ledger.spoken else body.g
     agreed = ledger.newest in (Kind.PROTECTED, Kind.ARMED) and not (primary and gate.get("closed"))
+    alone = ledger.spoken or ledger.newest is Kind.ENDED
     whole = body.state == "protected" and agreed and not gate.get("disk_error") and gate.get("verdict") is None
     following = whole and bool(gate) and (gate.get("lease") if primary else gate.get("loads", 0) > 0)
     unsafe = ["output leaves unbuffered (--netbuffer none)"] if primary and body.buffer_asked == "none" else []
@@ -61,7 +62,7 @@ def protection(
     return api.Protection(
         domain=body.domain, uuid=body.uuid, instance=body.pid, role=body.role, peer=body.peer, engine=body.engine,
         state=body.state, reason=reason, next_step=next_step(body, host, guest_running, in_maintenance),
-        guest_running=guest_running, output_flowing=primary and guest_running and _flows(body, gate, agreed=agreed),
+        guest_running=guest_running, output_flowing=primary and guest_running and _flows(body, gate, agreed=agreed, alone=alone),
         survives_host_loss=bool(following) and not unsafe and decides, unsafe=unsafe, generation=g, arbiter=arbiter,
         tls=body.tls, delay_ms=body.delay_ms, since=body.since,
         checkpoints=_checkpoints(gate), network=_network(body, gate), disks=_disks(body, gate),
@@ -82,10 +83,13 @@ def _mc(body: Body, gate: dict[str, Any]) -> api.McStatus:
     return api.McStatus(body.mc.transport, on, said.get("checkpoints"), numbers, body.second_monitor or "libvirt")
 
 
-def _flows(body: Body, gate: dict[str, Any], *, agreed: bool) -> bool:
-    """agreed: as far as records and gate say, both sides are still protected; the state may lag behind a decision."""
-    if body.state == "failed":  # without a standby once the set-up is taken away; before, its gate may hold
-        return not gate
+def _flows(body: Body, gate: dict[str, Any], *, agreed: bool, alone: bool) -> bool:
+    """agreed: as far as records and gate say, both sides are still protected; the state may lag behind a decision.
+
+    alone: by its records it runs without a standby.
+    """
+    if body.state == "failed":  # without a standby; or its set-up is not undone yet, and may hold
+        return alone
     return body.state in FLOWING and (body.state != "protected" or (agreed and bool(gate.get("lease"))))
 
 
