@@ -99,6 +99,25 @@ def test_take_overs(load: Load) -> None:
         load.goes_on()
 
 
+def test_somebody_changes_the_plug(load: Load) -> None:
+    """vm1 goes on alone, its clients' connection lives, an operator is told what was done and what to type, and typing it helps.
+
+    Fails if the agent protects again by itself, calls this `solo`, or leaves a piece of the buffer.
+    """
+    host = where[0]
+    tap = host.status()["network"]["nics"][0]["target"]
+    host.sh(f"tc qdisc replace dev mcft-{tap} root pfifo")
+    status = host.await_state("failed", timeout=30)
+    assert "changed by somebody else" in status["reason"], status
+    assert any(event["kind"] == "buffer" and "mcft protect vm1" in event["text"] for event in host.events()), host.events()
+    load.goes_on()
+    load.unhurt()
+    until(lambda: "mcft-" not in pieces(host), 20, "no piece of the buffer is left")
+    until(lambda: host.status()["output_flowing"], 10, "status says that output flows")
+    protected_by_plug(host)
+    load.goes_on()
+
+
 def test_unprotect_with_traffic(load: Load) -> None:
     """All that is held leaves, in order, and vm1 goes on without a trace of mcft's: not one beacon is missing.
 
