@@ -25,7 +25,7 @@ from rich.table import Table
 from watching import Client, Load, settled, verified
 from world import H1, HOSTS, IMAGE, NOT_AGAIN, Host, configured, guest, hosts_on, lab, now, other, pause, restore, until, up
 
-from bench.chaosfaults import FAULTS, Fault, Scene, choose, inject
+from bench.chaosfaults import FAULTS, Fault, Scene, choose, inject, on_again
 
 ARBITERS = ("etcd", "fence", "standby")
 SETTLES_WITHIN_S = 120.0
@@ -105,7 +105,7 @@ class Chaos:
         def protected() -> Host | None:
             for host in HOSTS:
                 if not host.on:
-                    self._help(asked, f"power {host}", 3.0, lambda host=host: host.power_on())  # type: ignore[misc]
+                    self._help(asked, f"power {host}", 3.0, lambda host=host: on_again(host))  # type: ignore[misc]
             leader = next((h for h in HOSTS if h.status().get("role") == "primary" and h.state() not in ("lost", "")), None)
             if leader is None:
                 return None
