@@ -6,6 +6,7 @@ library only, so it runs inside a lab host. The output has the recorded runs' fo
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -48,6 +49,8 @@ class Qemu:
         self.side, path = side, os.path.join(FOLDER, side)
         argv = [EMULATOR, *MACHINE, "-name", side, "-qmp", f"unix:{path},server,nowait", *arguments]
         log(side=side, dir="argv", msg=" ".join(argv))
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)  # an earlier one's, which a child of it may still listen on
         self.process = subprocess.Popen(argv, stdin=subprocess.DEVNULL)
         STARTED.append(self)
         self.path, self.replies = path, queue.Queue[dict[str, Any]]()
@@ -100,6 +103,12 @@ class Qemu:
     def kill(self, number: int = signal.SIGKILL) -> None:
         log(side=self.side, dir="mark", msg=f"signal {signal.Signals(number).name}")
         self.process.send_signal(number)
+
+    def exit_code(self) -> int:
+        """Of one that ends by itself; all that its monitor said is logged before what comes next is."""
+        code = self.process.wait(5)
+        assert self.ended.wait(5), f"{self.side}: its monitor outlives it"
+        return code
 
     def end(self) -> None:
         if self.process.poll() is None:
@@ -183,7 +192,7 @@ def delay_input() -> None:
     src = Qemu("src", "-S")
     src.execute("migrate-set-mc-delay", value=100)
     src.execute("migrate-set-mc-delay", value=0)
-    assert src.process.wait(5) == -signal.SIGFPE
+    assert src.exit_code() == -signal.SIGFPE
     STARTED.remove(src)  # the recorded run has no such line for this one
     src = Qemu("src", "-S")
     for value in (-1, 10, 1, 10**12, 2**63 - 1, 2**63, "100", "abc", 100.5, 100.0, True, None, [1]):
@@ -294,7 +303,7 @@ def standby_told_to_quit() -> None:
     checkpoints(src, 20)
     assert dst.process.poll() is None
     src.kill()
-    dst.process.wait(5)
+    dst.exit_code()
 
 
 def source_stopped() -> None:
@@ -323,7 +332,7 @@ def cancelled_first_pass() -> None:
     until(lambda: src.migration().get("status") == "active", "active")
     src.execute("migrate_cancel")
     until(lambda: src.migration().get("status") == "cancelled", "cancelled")
-    dst.process.wait(5)
+    dst.exit_code()
     src.status()
 
 
@@ -335,7 +344,7 @@ def source_killed_first_pass() -> None:
     dst.status()
     dst.migration()
     src.kill()
-    dst.process.wait(5)
+    dst.exit_code()
 
 
 def standby_killed_first_pass() -> None:
@@ -371,7 +380,7 @@ def quit_queued() -> None:
     checkpoints(src, 5)
     dst.execute("quit", wait_s=0.5)
     src.kill()
-    dst.process.wait(5)
+    dst.exit_code()
 
 
 def hang() -> None:
