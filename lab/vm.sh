@@ -29,10 +29,14 @@ vm_remove() {
         rm -f "/var/lib/libvirt/images/$1.img"* "/var/log/libvirt/qemu/$1.serial"; :' sh "$2"
 }
 
-# vm_xml NAME: its definition. MCFT_LAB_KVM: with KVM and vhost-net. MCFT_LAB_OLD: for a libvirt that knows no <cpu mode='maximum'/>.
+# vm_xml NAME: its definition. MCFT_LAB_KVM: with KVM and vhost-net (and without SVM of its own: the emulated processor's KVM does not
+# always give nested state back, and QEMU then ends). MCFT_LAB_OLD: for a libvirt that knows no <cpu mode='maximum'/>.
 vm_xml() {
-    domain_xml "$1" | sed ${MCFT_LAB_KVM:+-e "s/<domain type='qemu'>/<domain type='kvm'>/; s/<driver name='qemu'\/>/<driver name='vhost'\/>/"} \
-        ${MCFT_LAB_OLD:+-e "/<cpu mode='maximum'/d"} -e ''
+    local edits=()
+    [ -z "${MCFT_LAB_KVM:-}" ] || edits+=(-e "s/<domain type='qemu'>/<domain type='kvm'>/; s/<driver name='qemu'\/>/<driver name='vhost'\/>/"
+        -e "s/<cpu mode='maximum'\/>/<cpu mode='maximum'><feature policy='disable' name='svm'\/><\/cpu>/")
+    [ -z "${MCFT_LAB_OLD:-}" ] || edits+=(-e "/<cpu mode='maximum'/d")
+    domain_xml "$1" | sed "${edits[@]}" -e ''
 }
 
 domain_xml() {
