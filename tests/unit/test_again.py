@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from types import SimpleNamespace
 from typing import Any
 
@@ -108,3 +109,29 @@ async def test_a_peer_that_went_away_is_no_failure(world: World) -> None:
     for _ in range(10):
         await world.again._failed(world.life, Unreachable("peer-unreachable", "host2 did not answer"))
     assert (world.body.failures, world.body.state) == (0, "solo")
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), asyncio.CancelledError(), Failed("x", "it failed")])
+async def test_a_failure_inside_mcft_waits_and_is_told_like_any_other(world: World, error: BaseException) -> None:
+    """Fails if only errors that mcft foresaw count: it was tried each second for two minutes, and nobody was told (chaos)."""
+
+    async def breaks(_request: object, _job: object) -> str:
+        raise error
+
+    world.again.core.protecting = SimpleNamespace(now=breaks)  # type: ignore[assignment]
+    works: list[Any] = []
+    vars(world.body).update(
+        uuid="u", pid="p", delay_ms=100, engine_asked="auto", buffer_asked="auto", disk_paths={}, overwrite=False, rdma_asked="",
+        arbiter_asked="standby", mc=None, experimental=False,
+    )  # fmt: skip
+    jobs = SimpleNamespace(start=lambda _kind, _domain, work: works.append(work), running=lambda _domain: None)
+    world.again.site.jobs = jobs  # type: ignore[assignment]
+    spawned: list[Any] = []
+    world.again.site.spawn = lambda work, _name: spawned.append(work)  # type: ignore[method-assign, assignment, return-value]
+    world.again.core.lives = {world.body.uuid: world.life}
+    world.again._start(world.life)
+    with pytest.raises(type(error)):
+        await works[0](None)
+    for work in spawned:
+        await work
+    assert world.body.failures == 1 and world.not_yet()
