@@ -95,7 +95,7 @@ class FakeQmp:
         self.listener: socket.socket | None = None
 
     async def _info(self, _uuid: str) -> Any:
-        return SimpleNamespace(qemu_pid=4711)
+        return SimpleNamespace(qemu_pid=4_194_305)
 
     async def pass_fd(self, _name: str, _fd: int) -> None:
         raise Failed("old-libvirt", "this libvirt can't hand descriptors to QEMU")
@@ -112,7 +112,7 @@ class FakeQmp:
 
 async def test_a_monitor_without_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if engine colo gets no monitor where libvirt hands no descriptors over, or one that is not at its usual path."""
-    monkeypatch.setattr(qmp_passthrough, "own_folder", lambda pid: str(tmp_path) if pid == 4711 else "")
+    monkeypatch.setattr(qmp_passthrough, "own_folder", lambda pid: str(tmp_path) if pid == 4_194_305 else "")
     qmp, path = FakeQmp(), tmp_path / "run" / "vm1.sock"
     for _ in range(2):  # the first one's link dangles: its QEMU ended
         await add_monitor(cast(Qmp, qmp), str(path))
@@ -124,7 +124,7 @@ async def test_a_monitor_without_descriptors(tmp_path: Path, monkeypatch: pytest
 
 
 async def test_a_monitor_that_qemu_has_no_room_for(tmp_path: Path) -> None:
-    """Fails if anything but libvirt's own refusal is said where QEMU's folder isn't known (no process 4711 with a master key)."""
+    """Fails if anything but libvirt's own refusal is said where QEMU's folder isn't known (no process has that number)."""
     with pytest.raises(Failed) as failed:
         await add_monitor(cast(Qmp, FakeQmp()), str(tmp_path / "vm1.sock"))
     assert failed.value.code == "old-libvirt"
