@@ -238,9 +238,10 @@ class LibvirtHost:
 
     def _handle(self, conn: Any, uuid: str) -> Any:
         """To ask its monitor only: the daemon knows it by its uuid, whatever became of it since. Spares a call each time."""
-        if self._handles[0] is not conn:
-            self._handles = (conn, {})
-        handles = self._handles[1]
+        known = self._handles  # read once: another thread may have a newer connection's meanwhile
+        if known[0] is not conn:
+            known = self._handles = (conn, {})
+        handles = known[1]
         if uuid not in handles:
             handles[uuid] = self._find(conn, uuid)
         return handles[uuid]

@@ -162,11 +162,15 @@ class Gate:
         if self.rdma:
             self.rdma.send(datagram)
 
+    @property
+    def _interval_ms(self) -> float:
+        """Between two keepalives, at most."""
+        return self.state.loss_ms / KEEPALIVES
+
     def _keepalive_timer(self) -> None:
-        interval_ms = self.state.loss_ms / KEEPALIVES
         # The standby is a little faster, so that the primary, which has more to do, wakes once for both (`_receive`).
         leads = self.state.role == "primary"
-        self._keepalive = self.loop.after(interval_ms if leads else 0.95 * interval_ms, self._keepalive_timer)
+        self._keepalive = self.loop.after(self._interval_ms if leads else 0.95 * self._interval_ms, self._keepalive_timer)
         if len(self.links) < len(self.state.links):
             self.open_links()
         now_ms = boottime_ms()
@@ -192,7 +196,7 @@ class Gate:
 
     def _rdma_timer(self) -> None:
         """Nobody wakes us when the other host's adapter has written: our memory is looked at, twice per keepalive."""
-        self.loop.after(self.state.loss_ms / 12, self._rdma_timer)
+        self.loop.after(self._interval_ms / 2, self._rdma_timer)
         assert self.rdma is not None
         self._receive(self.rdma)
 
@@ -224,7 +228,7 @@ class Gate:
             self.side.on_heard(heard, now_ms)
             if changed:
                 self.decide(now_ms)
-            if self.state.role == "primary" and now_ms - self._last_send_ms > EARLY * self.state.loss_ms / KEEPALIVES:
+            if self.state.role == "primary" and now_ms - self._last_send_ms > EARLY * self._interval_ms:
                 self.loop.cancel(self._keepalive)
                 self._keepalive_timer()
         if self._undecided:
@@ -334,7 +338,7 @@ class Gate:
         now_ms = boottime_ms()
         ages = {link.peer: now_ms - self.silence.links[link.peer] if link.peer in self.silence.links else None
                 for link in self.state.links}  # fmt: skip
-        interval_ms = self.state.loss_ms / 6
+        interval_ms = self._interval_ms
         return {
             "pid": self.state.pid, "g": self.state.g, "role": self.state.role, "record": self.state.record,
             "own_qemu": self.qemu.condition, "shutdown": self.qemu.shutdown_reason,
