@@ -97,8 +97,9 @@ def on_again(host: Host) -> None:
 
 def _killing(side: str, what: str, weight: int = 2) -> Fault:
     deadly = side if what == "QEMU" else ""
-    kill = lambda s: send(s.side(side), what, signal.SIGKILL)  # noqa: E731
-    return Fault(f"SIGKILL {what}, {side}", kill, deadly=deadly, weight=weight, asks=side)
+    return Fault(
+        f"SIGKILL {what}, {side}", lambda s: send(s.side(side), what, signal.SIGKILL), deadly=deadly, weight=weight, asks=side,
+    )  # fmt: skip
 
 
 def _stopping(side: str, what: str) -> Fault:
@@ -123,8 +124,9 @@ def _freezing(side: str, weight: int) -> Fault:
 
 
 def _restarting(side: str) -> Fault:
-    restart = lambda s: s.side(side).run("systemctl", "restart", "libvirtd", check=False)  # noqa: E731
-    return Fault(f"libvirtd restarted, {side}", restart, asks=side)
+    return Fault(
+        f"libvirtd restarted, {side}", lambda s: s.side(side).run("systemctl", "restart", "libvirtd", check=False), asks=side,
+    )  # fmt: skip
 
 
 def _filling(side: str) -> Fault:

@@ -48,17 +48,23 @@ def test_pass_through_until_the_hold_then_nothing(wire: Wire, buffer: PlugBuffer
     assert held(buffer) == 12 and wire.arrived() == []
 
 
-def test_epochs_leave_exactly_and_in_order(wire: Wire, buffer: PlugBuffer) -> None:
-    """Every protocol. Fails if `barrier` counts one packet more or less, or the filter takes IPv4 only."""
+def epochs_leave_in_order(wire: Wire, buffer: PlugBuffer, *, epochs: int, packets: int) -> list[tuple[int, int, int]]:
+    """Held from now on, each leaves when it is released, whole and alone; the last one is still held: its packets."""
     buffer.hold()
-    before = wire.send(0, 50)
-    for epoch in range(1, 20):
+    before = wire.send(0, packets)
+    for epoch in range(1, epochs):
         buffer.barrier()
-        now = wire.send(epoch, 50)
+        now = wire.send(epoch, packets)
         assert wire.arrived() == []
         buffer.release()
-        assert wire.comes(50) == before
+        assert wire.comes(packets) == before
         before = now
+    return before
+
+
+def test_epochs_leave_exactly_and_in_order(wire: Wire, buffer: PlugBuffer) -> None:
+    """Every protocol. Fails if `barrier` counts one packet more or less, or the filter takes IPv4 only."""
+    epochs_leave_in_order(wire, buffer, epochs=20, packets=50)
     assert held(buffer) == 50 and not buffer.broken
 
 
@@ -69,17 +75,9 @@ def test_epochs_leave_in_order_on_open_vswitch(wire: Wire) -> None:
     sent = wire.send(0, 12)
     assert wire.comes(12) == sent, "the datapath itself passes everything"
     buffer = attached(wire)
-    buffer.hold()
-    before = wire.send(0, 24)
-    for epoch in range(1, 10):
-        buffer.barrier()
-        now = wire.send(epoch, 24)
-        assert wire.arrived() == []
-        buffer.release()
-        assert wire.comes(24) == before
-        before = now
+    last = epochs_leave_in_order(wire, buffer, epochs=10, packets=24)
     buffer.open()
-    assert wire.comes(24) == before and not buffer.broken
+    assert wire.comes(24) == last and not buffer.broken
     buffer.detach()
     sent = wire.send(0, 12)
     assert wire.comes(12) == sent

@@ -21,13 +21,18 @@ from mcft.config import Config
 from mcft.errors import Failed, Refused
 
 
-async def test_a_guest_that_powers_itself_off(host: Any, heard: Heard) -> None:
-    """Fails if the guest's own end can't be told from a loss: by QEMU's SHUTDOWN and by libvirt's."""
-    disk = guests.boot_disk("off", guests.POWERS_OFF)
-    uuid, xml = guests.domain("off", guests.disk_xml(disk))
+async def watched_from_its_start(host: Any, name: str, code: bytes) -> str:
+    """A guest that runs this code instead of booting; its uuid."""
+    uuid, xml = guests.domain(name, guests.disk_xml(guests.boot_disk(name, code)))
     await host.create_paused(xml)
     await host.watch(uuid)
     await host.resume(uuid)
+    return uuid
+
+
+async def test_a_guest_that_powers_itself_off(host: Any, heard: Heard) -> None:
+    """Fails if the guest's own end can't be told from a loss: by QEMU's SHUTDOWN and by libvirt's."""
+    uuid = await watched_from_its_start(host, "off", guests.POWERS_OFF)
     await comes("its end", lambda: heard.details(uuid, "stopped"), 60)
     assert heard.details(uuid, "shutdown") == [1] and heard.details(uuid, "stopped") == [0]  # by the guest; shut down
     said = next(message for _, message in heard.watched if message["event"] == "SHUTDOWN")  # then its signal's, by libvirt
@@ -37,11 +42,7 @@ async def test_a_guest_that_powers_itself_off(host: Any, heard: Heard) -> None:
 
 async def test_a_guest_that_resets_itself(host: Any, heard: Heard) -> None:
     """Fails if a reboot is not heard of, or looks like an end."""
-    disk = guests.boot_disk("resets", guests.RESETS)
-    uuid, xml = guests.domain("resets", guests.disk_xml(disk))
-    await host.create_paused(xml)
-    await host.watch(uuid)
-    await host.resume(uuid)
+    uuid = await watched_from_its_start(host, "resets", guests.RESETS)
     await comes("RESET", lambda: "RESET" in heard.named(uuid), 60)
     assert (await host.info(uuid)).running and "shutdown" not in heard.of(uuid)
 
