@@ -104,9 +104,10 @@ def libvirt_by(host: world.Host, uri: str) -> Iterator[None]:
     conf = "/etc/libvirt/libvirtd.conf"
     with contextlib.ExitStack() as stack:
         if "+tcp" in uri:
-            back = f"systemctl stop libvirtd libvirtd-tcp.socket; mv {conf}.kept {conf}; systemctl start libvirtd"
-            stack.callback(host.sh, back)
-            host.sh(f"cp {conf} {conf}.kept; echo 'auth_tcp = \"none\"' >> {conf}; systemctl stop libvirtd; "
+            # Its sockets too: an agent that asks again would start it by them, and a daemon that listens takes no further socket.
+            stop = "systemctl stop libvirtd.socket libvirtd-ro.socket libvirtd-admin.socket libvirtd-tcp.socket libvirtd"
+            stack.callback(host.sh, f"{stop}; mv {conf}.kept {conf}; systemctl start libvirtd")
+            host.sh(f"cp {conf} {conf}.kept; echo 'auth_tcp = \"none\"' >> {conf}; {stop}; "
                     "systemctl start libvirtd-tcp.socket libvirtd")  # fmt: skip
         stack.enter_context(configured(host, f"printf '\\n[agent]\\nlibvirt_uri = \"{uri}\"\\n' >> $file"))
         yield
