@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 SECONDS ?= 60
 
-.PHONY: help venv lint test-unit test-lab test-plug test-kernel test-kvm test-rdma test-oldlibvirt sim test-sim sim-exhaustive sim-errors test demo chaos bench evidence mutants man clean
+.PHONY: help venv lint test-unit test-lab test-plug test-kernel test-kvm test-rdma test-oldlibvirt sim test-sim sim-exhaustive sim-errors test demo chaos recovery bench evidence mutants man clean
 
 help:
 	@echo 'make demo       lab, protect, power loss, take-over, protect back, planned switch home; ends with a table'
@@ -17,6 +17,7 @@ help:
 	@echo 'make sim        the protocol in a simulated world: SECONDS=60, and SEED=n replays one (docs/correctness.md)'
 	@echo 'make bench      the figures, as ratios within one run'
 	@echo 'make chaos      random real faults in the lab: MINUTES=4, and SEED=n repeats one (root)'
+	@echo 'make recovery   what a client notices of each single fault, with etcd: TIMES=3 (root)'
 	@echo 'make evidence   the long versions of the lab tests'
 
 # The stamp changes with the lock file, so a pulled change of dependencies takes effect by itself.
@@ -92,6 +93,11 @@ MINUTES ?= 4
 chaos: venv
 	$(RUN) -m bench.chaos --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)); status=$$?; lab/lab down; exit $$status
 
+# How long a client hears nothing after each single fault, with etcd: TIMES each, some 20 minutes for 3.
+TIMES ?= 3
+recovery: venv
+	$(RUN) -m bench.chaos --each $(TIMES) --arbiters etcd; status=$$?; lab/lab down; exit $$status
+
 bench: venv
 	$(RUN) -m bench.figures
 
@@ -100,6 +106,7 @@ evidence: venv
 	$(RUN) -m tests.sim.exhaustive --seconds 120
 	$(RUN) -m tests.sim.errors
 	$(RUN) -m bench.chaos --minutes 30
+	$(RUN) -m bench.chaos --each 3 --arbiters etcd
 	lab/lab up
 	MCFT_EVIDENCE=1 $(RUN) -m pytest tests/lab -v; status=$$?; lab/lab down; exit $$status
 

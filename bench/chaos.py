@@ -1,5 +1,7 @@
 """`make chaos MINUTES=…`: random real faults against a guest under load, by each arbiter in turn; ends with a table.
 
+`make recovery`: each fault alone, so many times in turn, with etcd: how long a client hears nothing after it.
+
 Checked all the while: the outside observer, one open connection, every write that redis acknowledged (those under way at a
 failure may or may not be there), and the LAN's switch. At the end of each round: both disks compared after a planned switch,
 the guest rebooted, and the writes read again from its disk. MCFT_SEED repeats the faults; their moments are as exact as the
@@ -14,6 +16,7 @@ import sys
 import time
 import traceback
 from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -34,6 +37,10 @@ NOTICED_WITHIN_S = 1.0
 console = Console(highlight=False, soft_wrap=True)
 
 
+# Of an arbiter and a round's dice: one fault, or two at once, after another.
+Plan = Callable[[str, random.Random], Iterator[list[Fault]]]
+
+
 @dataclass
 class Tally:
     """What the table tells. times in seconds."""
@@ -41,6 +48,7 @@ class Tally:
     faults: Counter[str] = field(default_factory=Counter)
     events: Counter[str] = field(default_factory=Counter)
     gaps_s: dict[str, list[float]] = field(default_factory=dict)
+    outcomes_s: dict[str, list[float]] = field(default_factory=dict)
     detection_s: list[float] = field(default_factory=list)
     settling_s: list[float] = field(default_factory=list)
     writes: int = 0
@@ -60,8 +68,8 @@ class Chaos:
         self.seen: set[tuple[str, int]] = set()  # events that were counted
         self.switches: list[tuple[float, Host]] = []
 
-    def round(self, kind: str, number: int, seconds: float) -> None:
-        """One arbiter for so long, from a fresh guest to its disk."""
+    def round(self, kind: str, number: int, plan: Plan) -> None:
+        """One arbiter and the faults of one plan, from a fresh guest to its disk."""
         moments = random.Random(f"{self.seed} {kind} {number}")
         restore(thorough=number == 0)
         self.look()
@@ -73,18 +81,15 @@ class Chaos:
         switch, load = Client("switchwatch", "sw"), Load()
         try:
             load.flowing()
-            end_s = now() + seconds
-            while now() < end_s:
-                primary = self.one(kind, primary, load, moments)
+            for faults in plan(kind, moments):
+                primary = self.one(kind, primary, load, faults, moments)
             self.finish(primary, load)
             self.frames_came_from_one_port(switch)
         finally:
             load.close(), switch.close()
 
-    def one(self, kind: str, primary: Host, load: Load, moments: random.Random) -> Host:
+    def one(self, kind: str, primary: Host, load: Load, faults: list[Fault], moments: random.Random) -> Host:
         """One fault (or two): made, ended, settled, checked. Who leads then."""
-        pause(moments.uniform(0.2, 1.5))
-        faults = choose(kind, moments)
         names = " + ".join(fault.name for fault in faults)
         scene = Scene(primary, self.etcd, self.bmc, moments)
         at_s = inject(faults, scene)
@@ -92,7 +97,7 @@ class Chaos:
         back_s = now()
         load.goes_on(timeout=60)
         load.unhurt()
-        self.count(faults, at_s, back_s, load)
+        self.count(faults, at_s, back_s, load, moved=leads is not primary)
         where = "stayed on" if leads is primary else "moved to"
         console.print(f"[dim]{kind:8}[/] {names}: {where} {leads.name}, protected again after {back_s - at_s:.1f} s")
         return leads
@@ -164,8 +169,8 @@ class Chaos:
                         self.switches.append((at_s, host))
         return fresh
 
-    def count(self, faults: list[Fault], at_s: float, back_s: float, load: Load) -> None:
-        tally = self.tally
+    def count(self, faults: list[Fault], at_s: float, back_s: float, load: Load, *, moved: bool) -> None:
+        tally, solos = self.tally, self.tally.events["solos"]
         tally.faults.update(fault.name for fault in faults)
         decided_s = []
         for event in self.look():
@@ -179,6 +184,8 @@ class Chaos:
         gap_s = load.observer.gap(at_s, back_s - at_s + 1)
         for fault in faults:
             tally.gaps_s.setdefault(fault.name, []).append(gap_s)
+        outcome = "was taken over" if moved else "went on alone" if tally.events["solos"] > solos else "stayed protected"
+        tally.outcomes_s.setdefault(outcome, []).append(gap_s)
         tally.settling_s.append(back_s - at_s)
 
     # ---- the end of a round ----
@@ -229,6 +236,29 @@ class Chaos:
             assert fits, f"frames from {port} at {at_s:.3f}, but recorded were {told}: {report['changes']}"
 
 
+def at_random(seconds: float) -> Plan:
+    """For so long whatever comes."""
+
+    def plan(kind: str, moments: random.Random) -> Iterator[list[Fault]]:
+        end_s = now() + seconds
+        while now() < end_s:
+            pause(moments.uniform(0.2, 1.5))
+            yield choose(kind, moments)
+
+    return plan
+
+
+def each(times: int) -> Plan:
+    """Each fault by itself, so many times in turn."""
+
+    def plan(kind: str, moments: random.Random) -> Iterator[list[Fault]]:
+        for fault in [fault for fault in FAULTS if kind in fault.only] * times:
+            pause(moments.uniform(0.2, 1.5))
+            yield [fault]
+
+    return plan
+
+
 def protect(primary: Host, kind: str) -> None:
     done = primary.mcft("protect", "vm1", "--to", other(primary).name, "--arbiter", kind, check=False, timeout=60)
     if done.returncode and "busy" not in done.stderr:
@@ -262,6 +292,8 @@ def table(tally: Tally, seed: int) -> Table:
     made.add_row("detection (fault to the first decision)", str(len(tally.detection_s)), *row(tally.detection_s))
     everything = [gap for gaps in tally.gaps_s.values() for gap in gaps]
     made.add_row("recovery (the client hears nothing)", str(len(everything)), *row(everything))
+    for outcome, gaps_s in sorted(tally.outcomes_s.items()):
+        made.add_row(f"… where the guest {outcome}", str(len(gaps_s)), *row(gaps_s))
     made.add_row("protected again", str(len(tally.settling_s)), *row(tally.settling_s))
     made.add_section()
     for name, value in (
@@ -274,29 +306,37 @@ def table(tally: Tally, seed: int) -> Table:
     return made
 
 
+def rounds(kinds: list[str], minutes: float, times: int) -> Iterator[tuple[str, Plan]]:
+    """Each arbiter once; at random: again in turn, by rounds of 5 minutes at most, until the time is over."""
+    if times:
+        yield from ((kind, each(times)) for kind in kinds)
+        return
+    end_s, number = now() + minutes * 60, 0
+    while now() < end_s or number < len(kinds):
+        # A round's beginning and end take some 30 s.
+        left_s = max(end_s - now(), 0.0) / max(1, len(kinds) - number)
+        yield kinds[number % len(kinds)], at_random(min(300.0, max(10.0, left_s - 35.0)))
+        number += 1
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="bench.chaos")
     parser.add_argument("--minutes", type=float, default=4.0)
     parser.add_argument("--seed", type=int, default=None)
+    parser.add_argument("--each", type=int, default=0, help="instead: each fault alone, so many times in turn")
     parser.add_argument("--arbiters", default=",".join(ARBITERS))
     options = parser.parse_args()
     seed = options.seed if options.seed is not None else random.SystemRandom().randrange(1 << 32)
-    kinds = options.arbiters.split(",")
-    console.print(f"chaos: {options.minutes:g} minutes, MCFT_SEED={seed}; delay and loss on links are left out: no netem here")
+    amount = f"each fault {options.each} times" if options.each else f"{options.minutes:g} minutes"
+    console.print(f"chaos: {amount}, MCFT_SEED={seed}; delay and loss on links are left out: no netem here")
     up()
     hosts_on()
-    begun_s = now()
     with ExitStack() as stack:
         etcd, bmc = stack.enter_context(all_arbiters())
         chaos = Chaos(seed, etcd, bmc)
-        end_s = begun_s + options.minutes * 60
-        number = 0
-        while now() < end_s or number < len(kinds):
-            # A round's beginning and end take some 30 s; rounds of 5 minutes at most, each arbiter at least once.
-            left_s = max(end_s - now(), 0.0) / max(1, len(kinds) - number)
-            kind = kinds[number % len(kinds)]
+        for number, (kind, plan) in enumerate(rounds(options.arbiters.split(","), options.minutes, options.each)):
             try:
-                chaos.round(kind, number, min(300.0, max(10.0, left_s - 35.0)))
+                chaos.round(kind, number, plan)
             except Exception as error:
                 chaos.tally.violations.append(f"{kind}, round {number}: {error}")
                 console.print(f"[red]VIOLATION[/] {kind}, round {number}: {error}")
@@ -305,7 +345,6 @@ def main() -> int:
                     for event in host.events()[-30:]:
                         console.print(f"  {host} {event['time']} {event['kind']}: {event['text']}", style="dim", markup=False)
                 break
-            number += 1
     console.print(table(chaos.tally, seed))
     for violation in chaos.tally.violations:
         console.print(f"VIOLATION: {violation}", markup=False)
