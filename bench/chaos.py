@@ -248,11 +248,11 @@ def at_random(seconds: float) -> Plan:
     return plan
 
 
-def each(times: int) -> Plan:
-    """Each fault by itself, so many times in turn."""
+def each(times: int, word: str) -> Plan:
+    """Each fault by itself whose name holds the word, so many times in turn."""
 
     def plan(kind: str, moments: random.Random) -> Iterator[list[Fault]]:
-        for fault in [fault for fault in FAULTS if kind in fault.only] * times:
+        for fault in [fault for fault in FAULTS if kind in fault.only and word in fault.name] * times:
             pause(moments.uniform(0.2, 1.5))
             yield [fault]
 
@@ -306,10 +306,10 @@ def table(tally: Tally, seed: int) -> Table:
     return made
 
 
-def rounds(kinds: list[str], minutes: float, times: int) -> Iterator[tuple[str, Plan]]:
+def rounds(kinds: list[str], minutes: float, times: int, word: str) -> Iterator[tuple[str, Plan]]:
     """Each arbiter once; at random: again in turn, by rounds of 5 minutes at most, until the time is over."""
     if times:
-        yield from ((kind, each(times)) for kind in kinds)
+        yield from ((kind, each(times, word)) for kind in kinds)
         return
     end_s, number = now() + minutes * 60, 0
     while now() < end_s or number < len(kinds):
@@ -324,6 +324,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=4.0)
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--each", type=int, default=0, help="instead: each fault alone, so many times in turn")
+    parser.add_argument("--only", default="", metavar="WORD", help="of those, the faults whose name holds it")
     parser.add_argument("--arbiters", default=",".join(ARBITERS))
     options = parser.parse_args()
     seed = options.seed if options.seed is not None else random.SystemRandom().randrange(1 << 32)
@@ -334,7 +335,7 @@ def main() -> int:
     with ExitStack() as stack:
         etcd, bmc = stack.enter_context(all_arbiters())
         chaos = Chaos(seed, etcd, bmc)
-        for number, (kind, plan) in enumerate(rounds(options.arbiters.split(","), options.minutes, options.each)):
+        for number, (kind, plan) in enumerate(rounds(options.arbiters.split(","), options.minutes, options.each, options.only)):
             try:
                 chaos.round(kind, number, plan)
             except Exception as error:

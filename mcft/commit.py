@@ -280,6 +280,11 @@ class CommitGate:
 
     # ---- what is so ----
 
+    @property
+    def lease_until_ms(self) -> float:
+        """The end of the lease; -inf where there is none."""
+        return self._lease_until_ms
+
     def lease_holds(self, now_ms: float) -> bool:
         """Whether a release is allowed now. Exclusive at the end: the standby may act at that very instant."""
         return now_ms < self._lease_until_ms

@@ -514,6 +514,38 @@ MUTANTS = [
         '"bad", "following")', '"bad", "following", "chain")', "labels.py::test_what_may_be_the_truth_is_not",
     ),
     Mutant(
+        "the kernel learns of a lease after what leaves by it", "mcft/gate/primary.py",
+        "                if not self.closed():\n"
+        "                    self.output.lease_until(self.commit.lease_until_ms)\n"
+        "                self._apply(actions, now_ms)\n",
+        "                self._apply(actions, now_ms)\n"
+        "                if not self.closed():\n"
+        "                    self.output.lease_until(self.commit.lease_until_ms)\n",
+        "taplease.py::test_the_kernel_knows_the_lease_before_anything_leaves_by_it",
+    ),
+    Mutant(
+        "a keepalive gives a closed gate's tap a lease again", "mcft/gate/primary.py",
+        "                if not self.closed():\n                    self.output.lease", "                self.output.lease",
+        "taplease.py::test_once_closed_no_keepalive_opens_it",
+    ),
+    Mutant(
+        "a lease that was taken back stands at the tap", "mcft/gate/primary.py",
+        "            self.commit.lease_withdrawn()\n            self.output.lease_until(self.commit.lease_until_ms)\n",
+        "            self.commit.lease_withdrawn()\n",
+        "taplease.py::test_a_lease_that_is_taken_back_ends_at_once",
+    ),
+    Mutant(
+        "a late keepalive ends what may speak", "mcft/gate/filter.py",
+        '        if self.buffer.mode != "pass":\n            self.lease.until', "        if True:\n            self.lease.until",
+        "taplease.py::test_what_may_speak_has_no_end",
+    ),
+    Mutant(
+        "a gate that starts anew trusts its dead predecessor's lease", "mcft/gate/filter.py",
+        '        self.buffer.mode = self.gate.state.mode\n        self.lease_until(float("-inf"))\n',
+        "        self.buffer.mode = self.gate.state.mode\n",
+        "taplease.py::test_a_gate_that_starts_anew_lets_nothing_out_before_its_first_lease",
+    ),
+    Mutant(
         "a closed buffer is not corked", "mcft/filterbuffer.py",
         "        if self.corked:\n            return\n", "",
         "filterbuffer.py::test_closed_stops_what_was_released_but_not_yet_written",

@@ -7,24 +7,21 @@ A standby's tap is silenced twice: set down, and with a drop filter at its ingre
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import errno
 import os
-import platform
 import socket
-import struct
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
+from mcft import bpf
 from mcft.errors import Failed
 
 T = TypeVar("T")
 INGRESS_PARENT = 0xFFFF0000
 ETH_P_ALL = 3
-_SYS_BPF = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "ppc64le": 361, "s390x": 351}
 
 
 async def _in_thread(work: Callable[[Any], T]) -> T:
@@ -65,19 +62,14 @@ async def silence(ifname: str) -> None:
 
 
 def _load_drop_program() -> int:
-    """A descriptor of the BPF program `return TC_ACT_SHOT` (bpf(2), BPF_PROG_LOAD): every kernel has cls_bpf, few all of act_*.
+    """A descriptor of the BPF program `return TC_ACT_SHOT`: every kernel has cls_bpf, few all of act_*.
 
     Raises: Failed ("netlink").
     """
-    instructions = struct.pack("=BBhi", 0xB7, 0, 0, 2) + struct.pack("=BBhi", 0x95, 0, 0, 0)  # r0 = 2; exit
-    code, license_ = ctypes.create_string_buffer(instructions), ctypes.create_string_buffer(b"GPL")
-    attributes = struct.pack("=IIQQ", 3, 2, ctypes.addressof(code), ctypes.addressof(license_)).ljust(128, b"\0")
-    buffer = ctypes.create_string_buffer(attributes)
-    libc = ctypes.CDLL(None, use_errno=True)
-    fd = libc.syscall(ctypes.c_long(_SYS_BPF[platform.machine()]), 5, buffer, len(attributes))
-    if fd < 0:
-        raise Failed("netlink", f"the kernel did not take the drop filter: {os.strerror(ctypes.get_errno())}")
-    return int(fd)
+    try:
+        return bpf.load(bpf.returning(bpf.DROP))
+    except OSError as error:
+        raise Failed("netlink", f"the kernel did not take the drop filter: {error.strerror or error}") from None
 
 
 def _index(ifname: str) -> int:

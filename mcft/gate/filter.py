@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import selectors
+from contextlib import suppress
 from functools import partial
 from typing import Protocol
 
@@ -19,6 +20,7 @@ from mcft.filterbuffer import (
 from mcft.gate.control import Answer, Denied
 from mcft.gate.core import Gate
 from mcft.gate.loop import Commands, Task
+from mcft.gate.taplease import TapLease
 from mcft.netbuffer import NetBuffer
 
 
@@ -29,6 +31,8 @@ class BufferSide(Protocol):
     def buffer(self) -> NetBuffer: ...
     @property
     def stands(self) -> bool: ...  # it holds all that the guest says by itself, also while closed
+    @property
+    def kernel_lease(self) -> bool: ...  # nothing that was released leaves after the lease, whoever stands still meanwhile
     def started(self) -> None: ...
     def monitor_connected(self) -> None: ...
     def attach(self, answer: Answer) -> None: ...
@@ -36,13 +40,14 @@ class BufferSide(Protocol):
     def hold(self) -> None: ...
     def open(self) -> None: ...
     def released(self) -> None: ...
+    def lease_until(self, at_ms: float) -> None: ...
     def poll(self) -> None: ...
 
 
 class NoSide:
     """`none`."""
 
-    stands = False
+    stands = kernel_lease = False
 
     def __init__(self) -> None:
         self.buffer = NoBuffer()
@@ -52,6 +57,7 @@ class NoSide:
     def hold(self) -> None: ...
     def open(self) -> None: ...
     def released(self) -> None: ...
+    def lease_until(self, at_ms: float) -> None: ...
     def poll(self) -> None: ...
 
     def attach(self, answer: Answer) -> None:
@@ -64,14 +70,19 @@ class NoSide:
 class FilterSide:
     """A pair of filters before each NIC. A restarted gate puts a new pair there as soon as it has the monitor."""
 
-    stands = False  # what QEMU has taken from us and not sent yet can't be called back
+    stands = False  # what QEMU has taken from us and not sent yet can't be called back, only dropped
 
     def __init__(self, gate: Gate) -> None:
-        self.gate, self.buffer = gate, FilterBuffer()
+        self.gate, self.buffer, self.lease = gate, FilterBuffer(), TapLease()
         self._attaching = self._detaching = False
+
+    @property
+    def kernel_lease(self) -> bool:
+        return self.lease.stands
 
     def started(self) -> None:
         self.buffer.mode = self.gate.state.mode
+        self.lease_until(float("-inf"))
 
     def monitor_connected(self) -> None:
         whole = bool(self.buffer.channels) and not self.buffer.broken
@@ -88,8 +99,14 @@ class FilterSide:
         self.buffer.hold()
 
     def open(self) -> None:
+        self.lease.until(float("inf"))
         self.buffer.open()
         self.released()
+
+    def lease_until(self, at_ms: float) -> None:
+        """What is released is said by QEMU within the lease, or never."""
+        if self.buffer.mode != "pass":
+            self.lease.until(at_ms)
 
     def poll(self) -> None: ...
 
@@ -133,9 +150,14 @@ class FilterSide:
             self.gate.control.note("alarm", reason=f"the network buffer can't be attached: {error}")
             answer(Denied(f"the network buffer can't be attached: {error}"))
             return
+        self._guard()
         state.attached = True
         self.gate.persist()
         answer({"attached": [nic.target for nic in state.nics]})
+
+    def _guard(self) -> None:
+        with suppress(OSError):  # before Linux 6.6: status says so, docs/correctness.md what remains then
+            self.lease.guard([nic.target for nic in self.gate.state.nics])
 
     def _readable(self, channel: Channel, _events: int) -> None:
         self.buffer.readable(channel)
@@ -179,6 +201,7 @@ class FilterSide:
             self.gate.loop.forget(channel.ours_in)
             channel.close()
         self.buffer.channels = []
+        self.lease.lift()
         self._detaching = False
         errors = [r["error"]["desc"] for r in replies if "error" in r]
         if errors and self.gate.qemu.condition == "running":

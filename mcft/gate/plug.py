@@ -24,6 +24,8 @@ class PlugSide:
         self._polled_ms = float("-inf")
         self._acted = False
 
+    kernel_lease = True  # a release is the kernel's own act
+
     @property
     def stands(self) -> bool:
         return bool(self.buffer.lines) and not self.buffer.broken
@@ -39,6 +41,7 @@ class PlugSide:
         self.look()
 
     def monitor_connected(self) -> None: ...
+    def lease_until(self, at_ms: float) -> None: ...
 
     def released(self) -> None:
         """A release looks before it acts: what it saw is acted upon."""

@@ -155,11 +155,15 @@ class Primary:
             return
         if word.record != "armed" or word.claiming:
             self.commit.lease_withdrawn()
+            self.output.lease_until(self.commit.lease_until_ms)
         elif heard.echo:
             sent_ms = self.gate.session.sent_ms(heard.echo)
             if sent_ms is not None:
                 now_ms = boottime_ms()
-                self._apply(self.commit.lease_renewed(sent_ms, now_ms), now_ms)
+                actions = self.commit.lease_renewed(sent_ms, now_ms)
+                if not self.closed():
+                    self.output.lease_until(self.commit.lease_until_ms)
+                self._apply(actions, now_ms)
         if self._count_epoch and heard.echo >= self._count_after:
             self._apply(self.commit.count_read(word.loads, self._count_epoch, now_ms), now_ms)
 
@@ -184,6 +188,7 @@ class Primary:
 
     def _stop_output(self) -> None:
         """A plug that stands goes on holding, and what the guest says meanwhile leaves in order if this side goes on."""
+        self.output.lease_until(float("-inf"))
         self.buffer.close()
         # (QEMU's own holds nothing once its standby is gone: the tap does.)
         if self.gate.state.buffer != "none" and not self.output.stands:
@@ -326,7 +331,7 @@ class Primary:
             "released_epochs": stats.released_epochs, "merged_epochs": stats.merged_epochs, "late_markers": stats.late_markers,
             "foreign_resumes": stats.foreign_resumes, "waits_for_lease": stats.waits_for_lease, "rule": self.commit.rule,
             "hold_ms": self.hold_ms.quantiles(), "release_lag_ms": self.release_lag_ms.quantiles(),
-            "lease": self.commit.lease_holds(now_ms),
+            "lease": self.commit.lease_holds(now_ms), "kernel_lease": self.output.kernel_lease,
             "nics": [{"target": b.target, "held_packets": b.packets, "held_bytes": b.bytes, "dropped": b.dropped, "ifb": b.ifb}
                      for b in self.buffer.backlog()],
         }  # fmt: skip

@@ -50,6 +50,7 @@ class Machine:
         self.pidfds: dict[int, Proc] = {}
         self.taps: dict[str, bool] = {}
         self.silenced: set[str] = set()
+        self.tap_leases: dict[str, Any] = {}
         self.open_overlays: dict[str, Overlay] = {}
         self.domains: dict[str, Domain] = {}
         self.gates: dict[str, Any] = {}
@@ -91,6 +92,7 @@ class Machine:
             domain.qemu = None
         self.domains = {uuid: domain for uuid, domain in self.domains.items() if domain.definition}
         self.sockets, self.udp, self.pidfds, self.taps, self.silenced, self.gates = {}, {}, {}, {}, set(), {}
+        self.tap_leases = {}
         self.open_overlays = {}
         self.agent = None
         self.qemu_hangs, self.libvirt_down_until = False, 0.0

@@ -357,7 +357,8 @@ class Qemu:
 
     def to_tap(self, moment: Moment, mode: str) -> None:
         machine = self.host.machine
-        if machine.taps.get(self.tap, True) and self.tap not in machine.silenced:
+        lease = machine.tap_leases.get(self.tap)
+        if machine.taps.get(self.tap, True) and self.tap not in machine.silenced and (lease is None or lease.passes()):
             self.world.oracle.left(self, moment, mode)
 
     # ---- checkpoints: the primary ----

@@ -173,12 +173,37 @@ def install() -> None:
     put("LanCheck", gates.SimLan, gate.core)
     put("Monitor", gates.SimMonitor, gate.qemu)
     put("Control", gates.SimControl, gate.core)
+    put("TapLease", SimTapLease, gate.filter)
     put("make_channel", gates.make_channel, gate.filter)
     put("save", gates.save_state, gate.core, gate.state)
     put("load", gates.load_state, gate.state)
     put("_forget_file", _forget_file, gate.standby)
     put("sockbreak", SimSockbreak, gate.standby)
     mcft.gate.qemu.OwnQemu._send_fds = gates.send_fds  # type: ignore[method-assign, assignment]
+
+
+class SimTapLease:
+    """`TapLease`: until when this machine's kernel passes on what the guest's tap is given; it goes with its gate's process."""
+
+    def __init__(self) -> None:
+        from tests.sim.gates import current
+
+        self.host, self.gate = here.host, current()
+        self.until_ms, self.stands = float("inf"), False
+
+    def until(self, at_ms: float) -> None:
+        self.until_ms = at_ms
+
+    def guard(self, taps: list[str]) -> None:
+        self.stands = True
+        for tap in taps:
+            self.host.machine.tap_leases[tap] = self
+
+    def lift(self) -> None:
+        self.stands = False
+
+    def passes(self) -> bool:
+        return not (self.stands and self.gate.alive) or self.host.boottime_ms() < self.until_ms
 
 
 class SimSockbreak:
