@@ -8,10 +8,9 @@ import random
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from arbiters import Bmc, Etcd
-from world import GATE, INSTANCE, Host, link, now, other, pause
+from world import GATE, Host, link, now, other, pause
 
 Act = Callable[[], None]
 
@@ -71,15 +70,6 @@ def send(host: Host, what: str, number: signal.Signals) -> None:
         os.kill(pid, number)
 
 
-def frozen(host: Host, on: bool) -> None:
-    """Every process of the host stands still at once, as in a hypervisor's or firmware's pause: cgroup v2's freezer."""
-    name = f"mcft-lab{'-' + INSTANCE if INSTANCE else ''}/{host.key}/cgroup.freeze"
-    for root in (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/unified")):
-        if (root / name).exists():
-            (root / name).write_text("1" if on else "0")
-            return
-
-
 def fill(host: Host) -> None:
     host.sh("dd if=/dev/zero of=/var/lib/mcft/ballast bs=64k 2>/dev/null; :", check=False)
 
@@ -119,7 +109,7 @@ def _link(name: str, of: str, deadly: str = "", hold_s: tuple[float, float] = (0
 
 
 def _freezing(side: str, weight: int) -> Fault:
-    begin, end = (lambda s: frozen(s.side(side), True)), (lambda s: frozen(s.side(side), False))
+    begin, end = (lambda s: s.side(side).freeze(True)), (lambda s: s.side(side).freeze(False))
     return Fault(f"host frozen, {side}", begin, end, (0.2, 4.0), side, weight, freezes=side)
 
 
