@@ -50,7 +50,7 @@ def test_a_host_that_was_frozen(load: Load) -> None:
     """Every process of the primary's host stands still, and goes on after the take-over: nobody hears a word of it any more.
 
     Fails if what lay in QEMU's socket just then, or in the gate, is said after the lease's end. (By chance only: once in 20 or so
-    without the kernel's look at it, `tests/kernel/test_taplease.py`. That it looks here is asserted.)
+    without the kernel's look at it, `tests/lab/test_taplease.py`. That it looks here is asserted.)
     """
     primary = H1
     for _ in range(3):

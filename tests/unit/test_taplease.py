@@ -1,4 +1,4 @@
-"""When the kernel is told the lease's end, by a primary's gate of stand-ins. The kernel itself: `tests/kernel`."""
+"""When the kernel is told the lease's end, by a primary's gate of stand-ins. The kernel itself: `tests/lab/test_taplease.py`."""
 
 from __future__ import annotations
 

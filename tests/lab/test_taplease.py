@@ -1,17 +1,31 @@
-"""The lease at the tap of QEMU's filters, on a real kernel: frames after its end go no further, by nobody's act."""
+"""The lease at the tap of QEMU's filters, on a real kernel, in a network namespace of its own.
+
+Frames that come after its end go no further, by nobody's act.
+"""
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "kernel"))
 from frames import Wire
 
 from mcft.gate.loop import boottime_ms
 from mcft.gate.taplease import TapLease
 
 WITHIN_S = 5.0
+
+
+@pytest.fixture
+def two() -> Iterator[Wire]:
+    """A guest with two taps."""
+    with Wire(taps=("vnet0", "vnet1")) as made:
+        yield made
 
 
 @pytest.fixture
