@@ -310,11 +310,10 @@ class Check(msgspec.Struct, frozen=True):
 
 def error_body(error: Exception) -> ErrorBody:
     """Any exception as the API carries it; what is not an `McftError` is ours to mend and says so."""
-    from mcft.errors import McftError
+    from mcft.errors import unforeseen
 
-    if isinstance(error, McftError):
-        return ErrorBody(error.code, error.message, error.reason, error.next_step, error.exit_code)
-    return ErrorBody("internal", f"mcft failed inside: {type(error).__name__}: {error}", "", "see the agent's log", 1)
+    said = unforeseen(error)
+    return ErrorBody(said.code, said.message, said.reason, said.next_step, said.exit_code)
 
 
 def raise_error(body: ErrorBody) -> None:

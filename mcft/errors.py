@@ -9,6 +9,8 @@ Exit codes are the contract of `docs/` and `man/mcft.1`:
 
 from __future__ import annotations
 
+import errno
+
 OK, FAILED, USAGE, NOT_FOUND, REFUSED, UNREACHABLE, TIMED_OUT, DETACHED = 0, 1, 2, 3, 4, 5, 6, 130
 
 _HTTP_OF_EXIT = {FAILED: 500, USAGE: 400, NOT_FOUND: 404, REFUSED: 409, UNREACHABLE: 502, TIMED_OUT: 504}
@@ -76,3 +78,14 @@ class TimedOut(McftError):
 BY_EXIT_CODE: dict[int, type[McftError]] = {
     cls.exit_code: cls for cls in (Failed, Usage, NotFound, Refused, Unreachable, TimedOut)
 }
+
+
+def unforeseen(error: BaseException) -> McftError:
+    """What nobody meant to raise, in words: a disk that is full or fails says so, anything else is mcft's to mend."""
+    if isinstance(error, McftError):
+        return error
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
+        where = f"{error.filename}: " if error.filename else ""
+        so = "df -h /var/lib/mcft; make room there, or mend that disk"
+        return Failed("disk", f"a file can't be written: {where}{error.strerror}", "", so)
+    return Failed("internal", f"mcft failed inside: {type(error).__name__}: {error}", "", "see the agent's log")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from mcft import api
 from mcft.agent import model
 from mcft.agent.jobs import JobHandle
-from mcft.errors import Failed, McftError, Unreachable
+from mcft.errors import McftError, Unreachable, unforeseen
 from mcft.gate.loop import boottime_ms
 
 if TYPE_CHECKING:  # so that it can be tested without libvirt
@@ -21,13 +21,6 @@ log = logging.getLogger(__name__)
 EVERY_S = 1.0
 MAX_FAILURES = 5
 FIRST_WAIT_MS, LONGEST_WAIT_MS = 60_000, 3_600_000
-
-
-def told(error: BaseException) -> McftError:
-    """An error of mcft's own making too is a failure that waits for its next try, and that people are told of."""
-    if isinstance(error, McftError):
-        return error
-    return Failed("inside", f"mcft failed inside: {error!r}", "", "journalctl -u mcft-agent")
 
 
 class Again:
@@ -93,8 +86,9 @@ class Again:
                 task = asyncio.current_task()
                 if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
                     raise  # an operator's, or the agent's own end
+                # An error of mcft's own making too is a failure that waits for its next try, and that people are told of.
                 # (Not awaited: an undo that has to be repeated may take as long as libvirtd is away.)
-                self.site.spawn(self._failed_once_back(body, told(error)), f"protecting {body.domain} again failed")
+                self.site.spawn(self._failed_once_back(body, unforeseen(error)), f"protecting {body.domain} again failed")
                 raise
 
         life.event("again", f"protecting again to {body.peer}")
