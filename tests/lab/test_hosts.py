@@ -68,6 +68,7 @@ def test_a_host_that_was_frozen(load: Load) -> None:
         load.goes_on()
         load.unhurt()
         primary = standby
+    protect(primary)
     load.finished()
 
 

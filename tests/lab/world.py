@@ -353,6 +353,9 @@ def restore(*, thorough: bool) -> None:
     if H1.qemu_pid() is None or H2.qemu_pid() is not None or not _as_new():
         _fresh_guest()
     _no_old_copies()
+    if any(host.status() for host in HOSTS):  # an undo that was under way has put back what was before it
+        wipe()
+        _fresh_guest()
 
 
 def hosts_on() -> None:
