@@ -28,7 +28,7 @@ from rich.table import Table
 from watching import Client, Load, settled, verified
 from world import H1, HOSTS, IMAGE, NOT_AGAIN, Host, configured, guest, hosts_on, lab, now, other, pause, restore, until, up
 
-from bench.chaosfaults import FAULTS, Fault, Scene, choose, empty, inject, on_again
+from bench.chaosfaults import FAULTS, Fault, Scene, choose, inject, on_again
 
 ARBITERS = ("etcd", "fence", "standby")
 SETTLES_WITHIN_S = 120.0
@@ -104,9 +104,6 @@ class Chaos:
 
     def settle(self, kind: str, primary: Host) -> Host:
         """Until it is protected on whichever host, and either could be lost; who leads. Where only an operator can help, do."""
-        for host in HOSTS:
-            if host.on:
-                empty(host)  # it may have been off when the fault was to end
         asked: dict[str, float] = {}
         whole: dict[Host, float] = {}
 

@@ -79,10 +79,11 @@ def empty(host: Host) -> None:
 
 
 def on_again(host: Host) -> None:
-    """A fence agent may pull the plug once more while it boots; `chaos.settle` switches it on then."""
+    """A fence agent may pull the plug once more while it boots; `chaos.settle` switches it on then. Its store may be full."""
     if not host.on:
         with contextlib.suppress(AssertionError):
             host.power_on()
+            empty(host)
 
 
 def _killing(side: str, what: str, weight: int = 2) -> Fault:

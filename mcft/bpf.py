@@ -10,6 +10,7 @@ import mmap
 import os
 import platform
 import struct
+import sys
 
 _SYSCALL = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "ppc64le": 361, "s390x": 351}
 MAP_CREATE, PROG_LOAD, LINK_CREATE = 0, 5, 28
@@ -34,7 +35,8 @@ def bpf(command: int, attributes: bytes) -> int:
 
 def instruction(code: int, *, dst: int = 0, src: int = 0, offset: int = 0, value: int = 0) -> bytes:
     """`struct bpf_insn`."""
-    return struct.pack("=BBhi", code, src << 4 | dst if struct.pack("=H", 1)[0] else dst << 4 | src, offset, value)
+    registers = src << 4 | dst if sys.byteorder == "little" else dst << 4 | src
+    return struct.pack("=BBhi", code, registers, offset, value)
 
 
 def returning(value: int) -> bytes:

@@ -31,7 +31,7 @@ class TapLease:
 
     def until(self, at_ms: float) -> None:
         """The lease's end in ms of CLOCK_BOOTTIME: a store to memory. inf: no end; -inf: it is over."""
-        self._until_ns = FOR_EVER if at_ms == float("inf") else max(0, int(max(at_ms, 0.0) * 1_000_000))
+        self._until_ns = FOR_EVER if at_ms == float("inf") else int(max(at_ms, 0.0) * 1_000_000)
         if self._end is not None:
             self._end.value = self._until_ns
 

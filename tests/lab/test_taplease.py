@@ -6,7 +6,6 @@ Frames that come after its end go no further, by nobody's act.
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,11 +13,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "kernel"))
 from frames import Wire
+from world import until
 
 from mcft.gate.loop import boottime_ms
 from mcft.gate.taplease import TapLease
-
-WITHIN_S = 5.0
 
 
 @pytest.fixture
@@ -36,31 +34,22 @@ def lease(two: Wire) -> Iterator[TapLease]:
     made.lift()
 
 
-def came(wire: Wire, count: int) -> list[tuple[int, int, int]]:
-    """What has come out, once it is so many frames."""
-    seen, end_s = [], time.monotonic() + WITHIN_S
-    while len(seen) < count and time.monotonic() < end_s:
-        seen += wire.arrived()
-    return seen
-
-
 def test_frames_pass_within_it_and_not_after(two: Wire, lease: TapLease) -> None:
     """Both NICs. Fails if the end is not looked at for each frame, or if only a process's act would stop them."""
     lease.guard(["vnet0", "vnet1"])
     assert lease.stands
     sent = two.send(1, 6) + two.send(1, 6, tap="vnet1")
-    assert sorted(came(two, 12)) == sorted(sent)
+    assert sorted(two.comes(12)) == sorted(sent)
     end_ms = boottime_ms() + 300.0
     lease.until(end_ms)
     sent = two.send(2, 6)
     assert boottime_ms() < end_ms, "this machine stood still"
-    assert came(two, 6) == sent
-    while boottime_ms() <= end_ms:
-        time.sleep(0.01)
+    assert two.comes(6) == sent
+    until(lambda: boottime_ms() > end_ms, 5, "the lease is over")
     two.send(3, 6), two.send(3, 6, tap="vnet1")
     lease.until(boottime_ms() + 60_000)
     sent = two.send(4, 6)
-    assert came(two, 6) == sent, "what came after the end is gone for good, and a new lease lets out again"
+    assert two.comes(6) == sent, "what came after the end is gone for good, and a new lease lets out again"
 
 
 def test_it_ends_at_once(two: Wire, lease: TapLease) -> None:
@@ -70,7 +59,7 @@ def test_it_ends_at_once(two: Wire, lease: TapLease) -> None:
     two.send(1, 6)
     lease.until(float("inf"))
     sent = two.send(2, 6)
-    assert came(two, 6) == sent
+    assert two.comes(6) == sent
 
 
 def test_nothing_of_it_is_left(two: Wire, lease: TapLease) -> None:
@@ -81,7 +70,7 @@ def test_nothing_of_it_is_left(two: Wire, lease: TapLease) -> None:
     lease.lift()
     assert not lease.stands
     sent = two.send(1, 6)
-    assert came(two, 6) == sent
+    assert two.comes(6) == sent
 
 
 def test_an_interface_that_is_not_there(two: Wire, lease: TapLease) -> None:
@@ -91,4 +80,4 @@ def test_an_interface_that_is_not_there(two: Wire, lease: TapLease) -> None:
         lease.guard(["vnet0", "vnet9"])
     assert not lease.stands
     sent = two.send(1, 6)
-    assert came(two, 6) == sent
+    assert two.comes(6) == sent
