@@ -10,6 +10,8 @@ from typing import Literal
 
 import msgspec
 
+from mcft.errors import BY_EXIT_CODE, Failed, unforeseen
+
 API_VERSION = 1
 
 State = Literal[
@@ -310,14 +312,10 @@ class Check(msgspec.Struct, frozen=True):
 
 def error_body(error: Exception) -> ErrorBody:
     """Any exception as the API carries it; what is not an `McftError` is ours to mend and says so."""
-    from mcft.errors import unforeseen
-
     said = unforeseen(error)
     return ErrorBody(said.code, said.message, said.reason, said.next_step, said.exit_code)
 
 
 def raise_error(body: ErrorBody) -> None:
     """The other direction: raise what an agent answered."""
-    from mcft.errors import BY_EXIT_CODE, Failed
-
     raise BY_EXIT_CODE.get(body.exit_code, Failed)(body.code, body.message, body.reason, body.next_step)

@@ -77,6 +77,8 @@ class Acts:
             return await self.core.as_primary(life).switch(job.step)
         if not isinstance(life, Standby):
             raise Refused("not-here", f"{life.body.domain} has no standby here", life.body.reason)
+        if life.broken:
+            raise _not_whole(life, life.broken)
         job.step(f"ask {life.body.peer} to hand over")
         try:
             asked = msgspec.structs.replace(self.core.about(life), detail=secrets.token_hex(8))
@@ -100,7 +102,7 @@ class Acts:
                 "add --peer-is-off",
             )  # fmt: skip
         if status["disk_error"]:
-            raise Refused("not-whole", f"the copy of {life.body.domain} here is not whole", status["disk_error"])
+            raise _not_whole(life, status["disk_error"])
         await life.gate.ask("claim")
         if request.force:
             await life.override("the operator's word in the arbiter's place")
@@ -119,3 +121,10 @@ class Acts:
 
     async def _solo(self, life: Life, request: api.ActRequest, job: JobHandle) -> str:
         return await self.core.as_primary(life).solo(force=request.force, peer_is_off=request.peer_is_off)
+
+
+def _not_whole(life: Standby, why: str) -> Refused:
+    """Nothing is asked and nobody shot for a copy that never takes over."""
+    domain = life.body.domain
+    so = f"the good one is {life.body.peer}'s: bring that host back, then: mcft start {domain}"
+    return Refused("not-whole", f"the copy of {domain} here is not whole", why, so)

@@ -30,7 +30,12 @@ class Standby(Copy):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._broken = ""  # why this copy is not whole, seen while a claim of its own is under way
+        self._broken = ""  # why this copy is not whole; its record waits while a claim of its own is under way
+
+    @property
+    def broken(self) -> str:
+        """Why this copy never takes over; empty if it may."""
+        return self._broken or (self.body.reason if self.ledger.has(Kind.NOT_WHOLE) else "")
 
     async def arm(self, words: model.Arm) -> model.Answer:
         """armed(g), durable; or why not."""
@@ -210,11 +215,16 @@ class Standby(Copy):
             await self._lost(reason)
         elif standing is Standing.UNKNOWN:
             await self._undecidable(reason, self.body.arbiter_trouble)
+            if self._broken:
+                # Whatever was decided: after not-whole(g) there is no taken(g), and that is all that the primary has to know.
+                self.arbiter.forget_resolved()
         elif self.ledger.newest is Kind.ARMED:
             # Withdrawn, and nothing of it can win: it follows again, or gives up if that is why.
             self.to_state("protected")
             with contextlib.suppress(Failed):
                 await self.gate.ask("unclaim", 2.0)
+        if self._broken:
+            await self._not_whole(self._broken)  # what waited for the claim: the primary may have to know it, to go on
         return False
 
     async def _undecidable(self, reason: str, why: str) -> None:

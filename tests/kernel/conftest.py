@@ -1,4 +1,4 @@
-"""Tests on a kernel that has plug and IFB, as root, each in a network namespace of its own: `make test-kernel`."""
+"""Tests on a kernel that has plug and IFB, as root, each in a network namespace of its own: `make test-plug`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from frames import Wire
 
 def pytest_configure(config: pytest.Config) -> None:
     if os.geteuid() or not kernel_has_plug():
-        pytest.exit("these tests need root on a kernel with sch_plug and ifb: make test-kernel", 2)
+        pytest.exit("these tests need root on a kernel with sch_plug and ifb: make test-plug", 2)
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

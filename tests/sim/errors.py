@@ -33,6 +33,7 @@ class Error:
 
 ETCD = "mcft/arbiter/etcd.py"
 COMMIT, FAILOVER, GENERATIONS = "mcft/commit.py", "mcft/failover.py", "mcft/generations.py"
+FILTER = "mcft/gate/filter.py"
 PRIMARY, STANDBY, SETUP = "mcft/gate/primary.py", "mcft/agent/standby.py", "mcft/agent/setup.py"
 DECISIONS, SITE, VERBS = "mcft/agent/decisions.py", "mcft/agent/site.py", "mcft/agent/peerverbs.py"
 
@@ -62,6 +63,9 @@ ERRORS = [
     Error("lease ignored after a thaw", (  # looked at with a time of before the freeze
         (PRIMARY, "            now_ms = boottime_ms()\n            self._apply(self.commit.resume_seen(now_ms), now_ms)\n",
          "            now_ms = self.gate._last_send_ms\n            self._apply(self.commit.resume_seen(now_ms), now_ms)\n"),
+    )),
+    Error("no lease at the tap", (  # what QEMU has taken from the gate and not said yet outlives a freeze
+        (FILTER, "            self.lease.until(at_ms)\n", '            self.lease.until(float("inf"))\n'),
     )),
     Error("one silent link is loss", (
         (FAILOVER, 'if view.silent_ms > settings.loss_ms and stream != "alive":',

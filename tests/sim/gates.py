@@ -30,6 +30,7 @@ from tests.sim.qemu import Qemu
 from tests.sim.world import Host, Proc, Violation, here
 
 FRAME = struct.Struct("!IIII")
+READ_AFTER_MS = 0.3  # QEMU's main loop comes to what a gate wrote
 
 
 class Sock:
@@ -352,6 +353,7 @@ class _End:
         self.channel = channel
         self.qemu: Qemu | None = None
         self.chardev = ""
+        self.unread: deque[tuple[Moment, str]] = deque()
 
     def given_to(self, qemu: Qemu, chardev: str) -> None:
         self.qemu, self.chardev = qemu, chardev
@@ -360,6 +362,16 @@ class _End:
         if self.channel.proc.alive and not self.channel.closed:
             self.channel.unread += FRAME.pack(8, 0, moment.branch, moment.n)
             self.channel.proc.ready(self.channel.ours_out)
+
+    def from_gate(self, moment: Moment, mode: str) -> None:
+        """It lies in the socket until QEMU's main loop comes to it: a host may freeze in between."""
+        assert self.qemu is not None
+        self.unread.append((moment, mode))
+        self.qemu.world.at(READ_AFTER_MS, self.qemu.proc, self._read)
+
+    def _read(self) -> None:
+        assert self.qemu is not None
+        self.qemu.from_gate(self.chardev, *self.unread.popleft())
 
     def qemu_gone(self) -> None:
         self.channel.ended = True
@@ -397,7 +409,7 @@ class _In(Sock):
         whole = len(data) // FRAME.size * FRAME.size
         for at in range(0, whole, FRAME.size):
             _, _, branch, n = FRAME.unpack_from(data, at)
-            end.qemu.from_gate(end.chardev, Moment(branch, n), mode)
+            end.from_gate(Moment(branch, n), mode)
         return whole
 
 
@@ -425,7 +437,7 @@ class SimChannel(Channel):
         return buffer.mode if isinstance(buffer, FilterBuffer) else "pass"
 
     def unread_bytes(self) -> int:
-        return 0
+        return len(self.end_in.unread) * FRAME.size
 
     def close(self) -> None:
         self.closed = True

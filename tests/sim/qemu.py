@@ -96,6 +96,7 @@ class Connection:
 
         def look() -> None:
             if lost.host.up and not self._cut():
+                self._closed[self.ends.index(other)] = True  # (by the RST, before its process hears of it)
                 told()
             else:
                 self.world.at(200.0, other.proc, look)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.sim import play
+from tests.sim import play, wiring
 from tests.sim.faults import Fault
 from tests.sim.oracle import state_of
 from tests.sim.run import one
@@ -189,3 +189,18 @@ def test_one_fault_is_survived(kind: str, host: int) -> None:
     Fails if a decision is not gone on with from its records (`Life.carry_through`).
     """
     holds([Fault(50.0, kind, host, 400.0)], seeds=range(1, 3))
+
+
+def test_a_copy_that_broke_under_a_claim_that_nobody_could_decide_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copy was not whole while its claim waited for a slow etcd, which was wiped: "can't tell" came, and the record of the
+    copy's state never. Its primary, back from a loss of power, waited for ever for a take-over that could not come.
+    (The kernel's word is forced here: a stream that ends by its host's loss is no longer open by the time QEMU says so.)
+
+    Fails if `Standby._win` does not write that record once its claim is over.
+    """
+    monkeypatch.setattr(wiring.SimSockbreak, "is_open", staticmethod(lambda _port: True))
+    faults = [
+        Fault(158.86, "arbiter wiped", 1), Fault(162.05, "cut one way", 1, 187.0, 3), Fault(635.27, "arbiter slow", 1, 8000.0, 3),
+        Fault(692.26, "power", 0, 295.0, 1),
+    ]  # fmt: skip
+    holds(faults, seeds=range(91120, 91121))

@@ -1,4 +1,4 @@
-"""Tests of the whole two-host lab on a kernel with plug, with the pieces of `tests/lab`: `make test-kernel`.
+"""Tests of the whole two-host lab on a kernel with plug, with the pieces of `tests/lab`: `make test-uml`.
 
 `lab/uml --lab` for all but KVM's, `lab/vm --lab` for that."""
 
