@@ -261,6 +261,10 @@ class Standby(Copy):
             return
         if self.ledger.spoken:
             return
+        if self._broken and not self.arbiter.pending:
+            await self._not_whole(self._broken)  # before anything is claimed, or anybody shot, for it
+        if self.ledger.newest is Kind.NOT_WHOLE:
+            return
         if self.ledger.newest is Kind.ARMED:
             if not override and not await self._win(reason, peer_closed):
                 return
