@@ -116,6 +116,8 @@ class Chaos:
                 return None
             status, theirs = leader.status(), other(leader).status()
             if status.get("state") == "protected" and status["survives_host_loss"] and theirs.get("survives_host_loss"):
+                if status["arbiter"]["kind"] != kind:
+                    raise AssertionError(f"asked for with arbiter {kind}, protected by {status['arbiter']['kind']}")
                 # A fault of a moment ago may not be noticed yet.
                 return leader if now() - whole.setdefault(leader, now()) > NOTICED_WITHIN_S else None
             whole.clear()

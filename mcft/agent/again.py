@@ -74,8 +74,9 @@ class Again:
 
     def _start(self, life: Life) -> None:
         body = life.body
+        paths = body.paths_back if life.ledger.side == "standby" else body.disk_paths
         request = api.ProtectRequest(
-            body.domain, body.peer, body.delay_ms, body.engine_asked, body.buffer_asked, body.disk_paths, body.overwrite,
+            body.domain, body.peer, body.delay_ms, body.engine_asked, body.buffer_asked, paths, body.overwrite,
             rdma_device=body.rdma_asked, arbiter=body.arbiter_asked, mc=body.mc, experimental=body.experimental,
         )  # fmt: skip
 

@@ -259,7 +259,7 @@ def make_body(request: model.Prepare, config: Any, peer: str) -> model.Body:
 
     Raises: Refused if the two sides' [tls] streams can't both be kept.
     """
-    addresses = config.peers[peer].addresses
+    addresses, asked = config.peers[peer].addresses, request.asked
     links = [
         LinkSpec(local, 0, remote, port)
         for local, remote, port in zip(config.listen_addresses, addresses, request.primary_ports, strict=False)
@@ -270,5 +270,9 @@ def make_body(request: model.Prepare, config: Any, peer: str) -> model.Body:
         key=request.key, xml=request.persistent_xml, autostart=request.autostart, disk_paths=dict(request.disk_paths),
         nvram=request.nvram.path if request.nvram else "", links=links, buffer="none",
         tls=streams.settle(request.tls, config.tls, config.qemu_pki_dir, config.name),
-        arbiter=msgspec.convert(request.arbiter, ArbiterKind),
+        arbiter=msgspec.convert(request.arbiter, ArbiterKind), arbiter_asked=asked.arbiter, engine_asked=asked.engine,
+        buffer_asked=asked.netbuffer, experimental=asked.experimental,
+        # A device's name is one host's own.
+        rdma_asked=asked.rdma_device if asked.rdma_device in ("auto", "off") else "",
+        paths_back={d.target: d.path for d in request.disks if request.disk_paths.get(d.target, d.path) != d.path},
     )  # fmt: skip

@@ -47,6 +47,7 @@ class Body(msgspec.Struct):
     disks: list[Disk] = []
     nics: list[Nic] = []
     disk_paths: dict[str, str] = {}
+    paths_back: dict[str, str] = {}  # a standby's: target → its path on the primary's host, where it is another
     overwrite: list[str] = []
     created_files: list[str] = []
     built: list[str] = []
@@ -151,6 +152,16 @@ class Nvram(msgspec.Struct, frozen=True):
     file: DiskFile = DiskFile()
 
 
+class Asked(msgspec.Struct, frozen=True):
+    """What an operator asked of `protect`: after a take-over the new primary protects back by the same words."""
+
+    engine: EngineChoice = "auto"
+    netbuffer: BufferChoice = "auto"
+    rdma_device: str = ""
+    arbiter: ArbiterKind | None = None
+    experimental: bool = False
+
+
 class Prepare(msgspec.Struct, frozen=True):
     """What a standby needs to build its copy. links: as the *standby* sees them (local is its own address).
 
@@ -182,6 +193,7 @@ class Prepare(msgspec.Struct, frozen=True):
     rdma_required: bool = False
     arbiter: str = "standby"
     mc: McOptions = McOptions()
+    asked: Asked = Asked()
 
 
 class Prepared(msgspec.Struct, frozen=True):

@@ -95,6 +95,7 @@ class Setup(Life):
             "off" if body.engine == "mc" else streams.offer(config.tls, config.qemu_pki_dir, config.name),
             await diskfiles.of_domain(self), diskfiles.read_nvram(body.nvram) if body.nvram else None,
             body.rdma.peer if body.rdma else "", rdma.required(self.rdma_wish()), body.arbiter, body.mc,
+            model.Asked(body.engine_asked, body.buffer_asked, body.rdma_asked, body.arbiter_asked, body.experimental),
         )  # fmt: skip
         prepared = await self.site.ask(body.peer, "prepare", request, model.Prepared, PREPARE_DEADLINE_S, patiently=True)
         if prepared.arbiter != body.arbiter:

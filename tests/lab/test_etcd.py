@@ -68,7 +68,8 @@ def test_loss_of_the_standbys_host(etcd: Etcd, load: Load, measure: Measure) -> 
 def test_loss_of_the_primarys_host(etcd: Etcd, load: Load, measure: Measure) -> None:
     """The primary's host dies: take-over; it returns and becomes the standby. Nobody types anything.
 
-    Fails if the standby takes without etcd's consent being asked for (no claim in the key), or never gets it.
+    Fails if the standby takes without etcd's consent being asked for (no claim in the key), or never gets it; if the new primary
+    protects back by another arbiter than the one that was typed.
     """
     protect(H1)
     load.flowing()
@@ -80,7 +81,7 @@ def test_loss_of_the_primarys_host(etcd: Etcd, load: Load, measure: Measure) -> 
     assert '"owner":"standby"' in etcd.ctl("get --prefix /mcft --print-value-only")
     H1.power_on()
     H2.await_state("protected", timeout=60)
-    assert H1.status()["role"] == "standby"
+    assert H1.status()["role"] == "standby" and H2.status()["arbiter"]["kind"] == "etcd"
     load.goes_on()
     load.finished()
 

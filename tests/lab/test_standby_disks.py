@@ -54,6 +54,21 @@ def test_a_copy_in_a_storage_pool(pool: None) -> None:
     assert not H2.sh("virsh -q vol-list lab").split() and not H2.sh(f"ls {POOL}").split()
 
 
+def test_back_to_where_the_disk_was(pool: None) -> None:
+    """Taken over at another path, protected back by itself: onto the old primary's own file, not beside it.
+
+    Fails if the new primary asks for a copy at its own path there (`Body.paths_back`).
+    """
+    protect(H1, "--disk", f"vda={THERE}")
+    H1.kill_qemu()
+    H2.await_took_over()
+    H2.await_state("protected", timeout=60)
+    assert IMAGE in H1.sh("virsh -q domblklist vm1") and not H1.sh(f"ls {POOL} 2>/dev/null || :").strip()
+    H2.mcft("failover", "vm1")
+    H1.await_state("protected", timeout=60)
+    assert THERE in H2.sh("virsh -q domblklist vm1")
+
+
 @pytest.mark.skipif(not EVIDENCE, reason="two restarts of an agent")
 def test_space_taken_beforehand(pool: None) -> None:
     """Fails if `reserve = "full"` leaves the copy thin, or if the copying gives back what was reserved."""

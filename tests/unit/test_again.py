@@ -41,7 +41,7 @@ class World:
             self.body.state = state
 
         return SimpleNamespace(
-            body=self.body, ledger=SimpleNamespace(spoken=True), save=save, to_state=to_state,
+            body=self.body, ledger=SimpleNamespace(spoken=True, side="primary"), save=save, to_state=to_state,
             event=lambda _kind, text, _level="": self.said.append(text),
         )  # fmt: skip
 
