@@ -114,6 +114,12 @@ class Arm(About, frozen=True):
     seen: Seen = Seen()
 
 
+class SetDelay(About, frozen=True):
+    """`mcft set --delay`, told to the standby: its watcher goes by it, and its body takes it along."""
+
+    delay_ms: int = 100
+
+
 class Records(msgspec.Struct, frozen=True):
     """All that one side knows of a domain. records: [(side, g, kind)] of instance pid in the order of writing."""
 

@@ -47,6 +47,7 @@ class PeerVerbs:
             "start": self._start,
             "go-alone": self._go_alone,
             "rdma": self._rdma,
+            "set-delay": self._set_delay,
         }
 
     async def call(self, peer_name: str, verb: str, body: bytes) -> bytes:
@@ -233,6 +234,10 @@ class PeerVerbs:
 
     async def _accept(self, life: Standby, question: model.RdmaOffer) -> msgspec.Struct:
         return model.RdmaAnswer(await life.gate.ask("rdma-accept", offer=question.offer))
+
+    async def _set_delay(self, peer: str, body: bytes) -> msgspec.Struct:
+        _, life = self._instance(peer, body)
+        return await life.set_delay(msgspec.json.decode(body, type=model.SetDelay).delay_ms)
 
     async def _start(self, peer: str, body: bytes) -> msgspec.Struct:
         return await coldstart.answer(self.core, peer, body)

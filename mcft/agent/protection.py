@@ -17,10 +17,11 @@ from mcft.agent.setup import STANDBYS_SIDE, OnStep
 from mcft.agent.setup import make_body as make_body
 from mcft.agent.site import AT_REST_WITHIN_S, boottime_ms, log
 from mcft.engines.mc import Mc
-from mcft.errors import Failed, McftError, Refused, Unreachable
+from mcft.errors import Failed, McftError, NotFound, Refused, Unreachable
 from mcft.generations import UNDECIDED, Kind
 
 UNDO_AGAIN_S = 1.0
+SET_WITHIN_S = 5.0
 
 
 class Primary(Deciding):
@@ -177,7 +178,9 @@ class Primary(Deciding):
             await asyncio.sleep(PULL_EVERY_S)
 
     async def set_delay(self, delay_ms: int) -> None:
-        """At run time, read back from QEMU."""
+        """At run time, read back from QEMU. Raises: Unreachable, and nothing is changed, if the standby can't be told."""
+        if self.body.state == "protected":
+            await self._tell_standby(delay_ms)
         self.body.delay_ms = delay_ms
         await self.save()
         if self.body.state == "protected" and self.body.engine == "mc":
@@ -189,6 +192,15 @@ class Primary(Deciding):
             found = replies[0].get("return", {}).get("x-checkpoint-delay")
             if found != delay_ms:
                 raise Failed("set", f"QEMU took {found} ms instead of {delay_ms} ms as its delay")
+
+    async def _tell_standby(self, delay_ms: int) -> None:
+        """First: with the old one it would wait too shortly for a checkpoint, and after a take-over the guest had it back."""
+        body = self.body
+        told = model.SetDelay(body.uuid, body.pid, body.g, body.domain, delay_ms=delay_ms)
+        try:
+            await self.site.ask(body.peer, "set-delay", told, model.Answer, SET_WITHIN_S)
+        except NotFound as error:  # an older mcft
+            self.event("delay", f"{body.peer} does not know the new delay, a take-over goes by the old: {error}", "warning")
 
     async def _set_mc_delay(self, delay_ms: int) -> None:
         """That QEMU does not tell its delay; its answer is all there is. It applies after the sleep that is under way."""

@@ -96,6 +96,13 @@ class Standby(Copy):
         self.to_state("lost", f"gave up: {self.body.peer} goes on without this copy")
         self.site.spawn(self._clean_up(), f"clean up {self.body.domain}")
 
+    async def set_delay(self, delay_ms: int) -> model.Answer:
+        """The primary's delay is another from now on; a take-over goes on with it."""
+        self.body.delay_ms = delay_ms
+        await self.save()
+        await self.gate.ask("update", delay_ms=float(delay_ms))
+        return self._stands()
+
     async def _note_primarys_disk(self, why: str) -> None:
         """Why the primary ended its QEMU: this side goes on, and does not protect by itself onto that disk."""
         if why.startswith(f"disk error: {OWN_DISK}") and not self.body.manual:

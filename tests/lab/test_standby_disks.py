@@ -54,15 +54,16 @@ def test_a_copy_in_a_storage_pool(pool: None) -> None:
     assert not H2.sh("virsh -q vol-list lab").split() and not H2.sh(f"ls {POOL}").split()
 
 
-def test_back_to_where_the_disk_was(pool: None) -> None:
-    """Taken over at another path, protected back by itself: onto the old primary's own file, not beside it.
+def test_what_was_asked_outlives_a_take_over(pool: None) -> None:
+    """Taken over at another path, protected back by itself: onto the old primary's own file; the delay as it was set.
 
-    Fails if the new primary asks for a copy at its own path there (`Body.paths_back`).
+    Fails if the new primary asks for a copy at its own path there (`Body.paths_back`), or the standby is not told of the delay.
     """
     protect(H1, "--disk", f"vda={THERE}")
+    H1.mcft("set", "vm1", "--delay", "150ms")
     H1.kill_qemu()
     H2.await_took_over()
-    H2.await_state("protected", timeout=60)
+    assert H2.await_state("protected", timeout=60)["delay_ms"] == 150
     assert IMAGE in H1.sh("virsh -q domblklist vm1") and not H1.sh(f"ls {POOL} 2>/dev/null || :").strip()
     H2.mcft("failover", "vm1")
     H1.await_state("protected", timeout=60)

@@ -11,8 +11,10 @@ import pytest
 from mcft import api
 from mcft.agent import copy, model
 from mcft.agent.again import Again
+from mcft.agent.protection import Primary
 from mcft.config import Config, Peer
 from mcft.diskreplica import Disk
+from mcft.errors import NotFound, Unreachable
 from mcft.generations import Ledger
 
 ASKED = model.Asked("colo", "filter", "off", "etcd", True)
@@ -75,3 +77,54 @@ def test_an_older_primary_says_nothing_of_it() -> None:
     """Version N-1 sends no `asked`. Fails if that is an error."""
     body = standby(model.Asked())
     assert (body.arbiter_asked, body.engine_asked, body.buffer_asked) == (None, "auto", "auto")
+
+
+def primary(ask: Any) -> tuple[Any, list[str]]:
+    """A protected primary, its gate and QEMU at once with what they are told; what it says."""
+    said: list[str] = []
+
+    async def nothing(*_words: Any, **_named: Any) -> None: ...
+
+    async def qmp(_commands: Any) -> list[dict[str, Any]]:
+        return [{"return": {"x-checkpoint-delay": 250}}]
+
+    life: Any = object.__new__(Primary)
+    life.body = SimpleNamespace(
+        uuid="u", pid="p", g=1, domain="vm1", peer="host2", state="protected", engine="colo", delay_ms=100
+    )
+    life.site = SimpleNamespace(ask=ask)
+    life.save, life.gate = nothing, SimpleNamespace(ask=nothing, qmp=qmp)
+    life.event = lambda _kind, text, _level="": said.append(text)
+    return life, said
+
+
+async def test_a_new_delay_is_told_to_the_standby() -> None:
+    """Fails if only the primary knows it: after a take-over the guest had the old one back."""
+    told: list[Any] = []
+
+    async def ask(peer: str, verb: str, words: Any, *_more: Any) -> model.Answer:
+        told.append((peer, verb, words.delay_ms, words.pid))
+        return model.Answer("armed")
+
+    life, said = primary(ask)
+    await life.set_delay(250)
+    assert told == [("host2", "set-delay", 250, "p")] and life.body.delay_ms == 250 and not said
+
+
+async def test_a_standby_that_can_not_be_told_leaves_the_delay_as_it_was() -> None:
+    async def ask(*_words: Any) -> model.Answer:
+        raise Unreachable("peer", "host2 did not answer (set-delay)")
+
+    life, _ = primary(ask)
+    with pytest.raises(Unreachable):
+        await life.set_delay(250)
+    assert life.body.delay_ms == 100
+
+
+async def test_an_older_standby_is_told_of_in_an_event() -> None:
+    async def ask(*_words: Any) -> model.Answer:
+        raise NotFound("no-such-verb", "this agent knows no 'set-delay'")
+
+    life, said = primary(ask)
+    await life.set_delay(250)
+    assert life.body.delay_ms == 250 and "does not know the new delay" in said[0]
