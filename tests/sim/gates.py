@@ -366,6 +366,9 @@ class _End:
     def from_gate(self, moment: Moment, mode: str) -> None:
         """It lies in the socket until QEMU's main loop comes to it: a host may freeze in between."""
         assert self.qemu is not None
+        if self.qemu.world.release_is_kernels:
+            self.qemu.from_gate(self.chardev, moment, mode)
+            return
         self.unread.append((moment, mode))
         self.qemu.world.at(READ_AFTER_MS, self.qemu.proc, self._read)
 

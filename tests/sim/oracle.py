@@ -98,6 +98,7 @@ class Oracle:
             image.torn = ""
             return
         self._truth(host, image, "was started from")
+        image.missed = None  # a machine that was off goes on from what is there; what was seen of it was looked at
         other = host.other
         for qemu in other.machine.qemus():
             if not qemu.colo and not qemu.failover and qemu.runstate in ("running", "paused") and qemu.copy is None:

@@ -195,6 +195,8 @@ class SimTapLease:
         self.until_ms = at_ms
 
     def guard(self, taps: list[str]) -> None:
+        if here.world.release_is_kernels:
+            raise OSError("no program at the tap")
         self.stands = True
         for tap in taps:
             self.host.machine.tap_leases[tap] = self

@@ -154,6 +154,7 @@ class World:
         self.slow_commit = 1.0
         self.auto_protect = True
         self.arbiter = "standby"
+        self.release_is_kernels = False  # as with plug: at once; else QEMU comes to it when it can, and the tap has a lease
         self.mended = 0
         self.moments: dict[str, list[Callable[[Host], None]]] = {"record": [], "commit": [], "acknowledged": []}
         self.fence_works, self.fence_lies = [True, True], False
