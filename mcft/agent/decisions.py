@@ -192,6 +192,15 @@ class Deciding(Outcomes):
         self.body.quick_return = True
         await self._resolve(reason)
 
+    async def last_words(self) -> None:
+        """Its gate was not there when QEMU ended (engine `mc`: hears nothing of it by itself): what libvirt said, or will say."""
+        word = self.libvirts_word
+        if self.body.engine == "mc" and not word.stopped:
+            await super().last_words()
+            return
+        intended = word.shut_down_by_guest() or await word.destroyed()
+        self.gate.tell("last-words", destroyed=intended)
+
     async def _until_dead(self) -> None:
         """A killed QEMU is still there for some milliseconds. Asked then, the standby would hear that it runs, and give up."""
         deadline = time.monotonic() + DEAD_WITHIN_S
@@ -219,6 +228,8 @@ class Deciding(Outcomes):
     async def _was_intended(self, shutdown_reason: str) -> bool:
         """A guest's own reason, or libvirt saying `destroyed` (`protocol.md`, "Intended ends")."""
         if shutdown_reason.startswith("guest-") or shutdown_reason == "host-qmp-quit":
+            return True
+        if not shutdown_reason and self.libvirts_word.shut_down_by_guest():
             return True
         if self.body.engine == "mc" and not shutdown_reason:
             # That QEMU gives no reason: a guest's power-off looks like a signal of a host that goes down.

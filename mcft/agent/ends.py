@@ -42,6 +42,11 @@ class LibvirtsWord:
         elif event == "shutdown" and detail == BY_GUEST:
             self._shut_down_ms = boottime_ms()
 
+    @property
+    def stopped(self) -> bool:
+        """libvirt has said that it has ended."""
+        return self._stopped.is_set()
+
     def shut_down_by_guest(self) -> bool:
         """Its guest has shut it down just now: also where the gate was not there to hear it."""
         return boottime_ms() - self._shut_down_ms < SHUTDOWN_COUNTS_MS

@@ -139,9 +139,13 @@ class Life:
         if kind == "command":
             relay.carry(self, fields)
         elif kind == "qemu-ended":
-            self.site.spawn(relay.last_words(self), f"last words of {self.body.domain}")
+            self.site.spawn(self.last_words(), f"last words of {self.body.domain}")
         else:
             self.on_note(kind, fields)
+
+    async def last_words(self) -> None:
+        """Its gate asks why QEMU ended."""
+        await relay.last_words(self)
 
     # ---- durable ----
 

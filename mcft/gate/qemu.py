@@ -53,30 +53,43 @@ class OwnQemu:
 
     def watch(self) -> None:
         """Know of its end the moment it ends."""
-        if process_start(self._state.qemu_pid) != self._state.qemu_start:
-            self.condition, self.ended = "gone", True
-            return
-        self.condition = "running"
         try:
             self._pidfd = os.pidfd_open(self._state.qemu_pid)
         except OSError:
-            self.condition, self.ended = "gone", True
+            self._pidfd = -1
+        if self._pidfd < 0 or self._is_dead():
+            self._forget_process()
+            if self._state.role == "primary":
+                self._await_last_words()
+            else:
+                self.condition, self.ended = "gone", True
             return
+        self.condition = "running"
         self._loop.watch(self._pidfd, selectors.EVENT_READ, lambda _events: self._qemu_ended())
 
-    def _qemu_ended(self) -> None:
-        """The process is dead: everything that it wrote before is read first, then it counts as gone."""
+    def _forget_process(self) -> None:
         if self._pidfd >= 0:
             self._loop.forget(self._pidfd)
             os.close(self._pidfd)
             self._pidfd = -1
+
+    def _qemu_ended(self) -> None:
+        """The process is dead: everything that it wrote before is read first, then it counts as gone."""
+        self._forget_process()
         self.read()
-        awaited = isinstance(self.monitor, Relay) and self.monitor.connected and self._state.role == "primary"
-        if awaited and not self._stopped:
-            self._control.note("qemu-ended")
-            self._loop.after(LAST_WORDS_MS, self._count_as_ended)
+        relayed = isinstance(self.monitor, Relay) and self.monitor.connected
+        unheard = bool(self._state.monitor) and self._monitor_since_ms == float("inf")
+        if self._state.role == "primary" and (relayed or unheard) and not self._stopped:
+            self.condition = "unknown" if unheard else self.condition
+            self._await_last_words()
         else:
             self._count_as_ended()
+
+    def _await_last_words(self) -> None:
+        """Why it ended, nobody here has heard: by engine `mc`, or because no gate was there. libvirt has; the agent asks it.
+        Until then, and for 3 s at most, it does not count as gone: the other side would take over at once."""
+        self._control.note("qemu-ended")
+        self._loop.after(LAST_WORDS_MS, self._count_as_ended)
 
     def _count_as_ended(self) -> None:
         if not self.ended:
@@ -220,6 +233,8 @@ class OwnQemu:
     # ---- by way of the agent ----
 
     def agent_changed(self, there: bool) -> None:
+        if there and self.condition == "unknown" and not self.ended:
+            self._control.note("qemu-ended")
         if isinstance(self.monitor, Relay) and there:
             self._told.monitor_connected()
         elif isinstance(self.monitor, Relay):

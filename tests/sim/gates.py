@@ -547,6 +547,8 @@ class SimControl(Control):
         self._clients.append(client)
         self.conns.append(sock)
         self.loop.watch(sock, 1, lambda events: self._ready(client, events))  # type: ignore[arg-type]
+        if self.on_agent is not None:
+            self.on_agent(True)
         return sock
 
 

@@ -204,3 +204,11 @@ def test_a_copy_that_broke_under_a_claim_that_nobody_could_decide_says_so(monkey
         Fault(692.26, "power", 0, 295.0, 1),
     ]  # fmt: skip
     holds(faults, seeds=range(91120, 91121))
+
+
+def test_a_guest_that_shut_down_under_a_killed_gate_is_not_raised_by_the_new_gates_word() -> None:
+    """The new gate told the standby "gone" before its agent had told it that libvirt heard the guest shut down.
+
+    Fails if `OwnQemu.watch` says so at once.
+    """
+    holds([Fault(1000.0, "kill the gate", 0, 463.0, 3), Fault(1001.1, "the guest shuts down", 0, 8000.0, 3)], seeds=range(1, 20))

@@ -318,13 +318,26 @@ def test_gate_restarted_while_closed_stays_closed(primary: GateLab) -> None:
     assert agent.ask("status")["acknowledged"] == 0
 
 
-def test_gate_restarted_over_a_dead_qemu_says_so(primary: GateLab) -> None:
+@pytest.mark.parametrize(("intended", "act", "word"), [(False, "died", "gone"), (True, "ended", "shutdown")])
+def test_gate_restarted_over_a_dead_qemu_says_what_libvirt_heard(primary: GateLab, intended: bool, act: str, word: str) -> None:
+    """Why it ended only libvirt has heard. Fails if "gone" is said before: the other side would raise a guest that shut down."""
     protected(primary)
     primary.kill_gate()
     primary.kill_qemu()
     agent = primary.start()
-    agent.status_when(lambda s: s["verdict"] is not None)
-    assert agent.ask("status")["verdict"]["act"] == "died"
+    agent.note("qemu-ended")
+    assert agent.ask("status")["verdict"] is None and primary.peer.last.qemu == "unknown"
+    agent.post("last-words", destroyed=intended)
+    assert agent.status_when(lambda s: s["verdict"])["verdict"]["act"] == act
+    until(lambda: (primary.peer.last.qemu, primary.peer.last.closed) == (word, True))
+
+
+def test_gate_restarted_over_a_dead_qemu_without_an_agent_says_so_by_itself(primary: GateLab) -> None:
+    protected(primary)
+    primary.kill_gate()
+    primary.kill_qemu()
+    agent = primary.start()
+    assert agent.status_when(lambda s: s["verdict"])["verdict"]["act"] == "died"
     until(lambda: (primary.peer.last.qemu, primary.peer.last.closed) == ("gone", True))
 
 
