@@ -20,7 +20,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 from mcft import netbuffer, plugkernel
 from mcft.errors import Failed, Refused
 
-INGRESS, ALL_PROTOCOLS = 0xFFFF0000, 0x0300  # ETH_P_ALL in network order
+INGRESS, ETH_P_ALL = 0xFFFF0000, 0x0003  # pyroute2 swaps it
 UNSAFE = "QEMU's own buffer (--netbuffer qemu) lets everything out once its standby is gone"
 
 
@@ -78,7 +78,7 @@ def _prepare(ip: Any, tap: str, name: str) -> None:
             raise
     action = {"kind": "mirred", "direction": "egress", "action": "redirect", "ifindex": ifb}
     ip.tc(
-        "add-filter", "u32", source, parent=INGRESS, prio=1, protocol=ALL_PROTOCOLS, keys=["0x0/0x0+0"], action=[action], target=0
+        "add-filter", "u32", source, parent=INGRESS, prio=1, protocol=ETH_P_ALL, keys=["0x0/0x0+0"], action=[action], target=0
     )  # fmt: skip
     if ip.get_links(ifb)[0]["state"] != "up" or not ip.get_filters(index=source, parent=INGRESS):
         raise Failed("netlink", f"{name} is not what that QEMU needs", "it is down, or the tap is not redirected to it")
