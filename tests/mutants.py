@@ -163,8 +163,13 @@ MUTANTS = [
     ),
     Mutant(
         "engine mc: a power-off's late event is not waited for", "mcft/gate/qemu.py",
-        "if awaited and not self._stopped:", "if False:",
+        "and (relayed or unheard) and not self._stopped:", "and False:",
         "gate_mc.py::test_a_power_off_whose_event_comes_late_is_no_death",
+    ),
+    Mutant(
+        "a new gate says of a dead QEMU what it can't know", "mcft/gate/qemu.py",
+        '            if self._state.role == "primary":\n', "            if False:\n",
+        "gate.py::test_gate_restarted_over_a_dead_qemu_says_what_libvirt_heard",
     ),
     Mutant(
         "engine mc: the copy is resumed before it says paused", "mcft/engines/mcsession.py",

@@ -326,7 +326,8 @@ def test_gate_restarted_over_a_dead_qemu_says_what_libvirt_heard(primary: GateLa
     primary.kill_qemu()
     agent = primary.start()
     agent.note("qemu-ended")
-    assert agent.ask("status")["verdict"] is None and primary.peer.last.qemu == "unknown"
+    until(lambda: primary.peer.last.qemu == "unknown")
+    assert agent.ask("status")["verdict"] is None
     agent.post("last-words", destroyed=intended)
     assert agent.status_when(lambda s: s["verdict"])["verdict"]["act"] == act
     until(lambda: (primary.peer.last.qemu, primary.peer.last.closed) == (word, True))
