@@ -65,10 +65,12 @@ async def stand_in(line: commandline.Line, ours: socket.socket, listeners: list[
     done, _ = await asyncio.wait([asyncio.create_task(qemu.ended()), *tasks], return_when=asyncio.FIRST_COMPLETED)
     try:
         for task in done:
-            task.result()
+            with contextlib.suppress(ConnectionError):  # QEMU is gone in the middle of a command
+                task.result()
+        await asyncio.wait_for(qemu.ended(), 5)
+        while not qemu.events.empty() and not tasks[0].done():  # what it said last
+            await asyncio.sleep(0)
         await front.flush()
-    except ConnectionError:
-        pass  # QEMU is gone in the middle of a command
     except BaseException:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
