@@ -19,8 +19,8 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from mcft import netbuffer, plugkernel
 from mcft.errors import Failed, Refused
+from mcft.plugwire import ETH_P_ALL, INGRESS_HANDLE
 
-INGRESS, ETH_P_ALL = 0xFFFF0000, 0x0003  # pyroute2 swaps it
 UNSAFE = "QEMU's own buffer (--netbuffer qemu) lets everything out once its standby is gone"
 
 
@@ -78,9 +78,10 @@ def _prepare(ip: Any, tap: str, name: str) -> None:
             raise
     action = {"kind": "mirred", "direction": "egress", "action": "redirect", "ifindex": ifb}
     ip.tc(
-        "add-filter", "u32", source, parent=INGRESS, prio=1, protocol=ETH_P_ALL, keys=["0x0/0x0+0"], action=[action], target=0
+        "add-filter", "u32", source, parent=INGRESS_HANDLE, prio=1, protocol=ETH_P_ALL, keys=["0x0/0x0+0"], action=[action],
+        target=0,
     )  # fmt: skip
-    if ip.get_links(ifb)[0]["state"] != "up" or not ip.get_filters(index=source, parent=INGRESS):
+    if ip.get_links(ifb)[0]["state"] != "up" or not ip.get_filters(index=source, parent=INGRESS_HANDLE):
         raise Failed("netlink", f"{name} is not what that QEMU needs", "it is down, or the tap is not redirected to it")
 
 

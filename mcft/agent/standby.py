@@ -268,7 +268,7 @@ class Standby(Copy):
             return
         if self.ledger.spoken:
             return
-        if self._broken and not self.arbiter.pending:
+        if self._broken:
             await self._not_whole(self._broken)  # before anything is claimed, or anybody shot, for it
         if self.ledger.newest is Kind.NOT_WHOLE:
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import selectors
 import socket
@@ -53,10 +54,8 @@ class OwnQemu:
 
     def watch(self) -> None:
         """Know of its end the moment it ends."""
-        try:
+        with contextlib.suppress(OSError):
             self._pidfd = os.pidfd_open(self._state.qemu_pid)
-        except OSError:
-            self._pidfd = -1
         if self._pidfd < 0 or self._is_dead():
             self._forget_process()
             if self._state.role == "primary":
@@ -80,7 +79,8 @@ class OwnQemu:
         relayed = isinstance(self.monitor, Relay) and self.monitor.connected
         unheard = bool(self._state.monitor) and self._monitor_since_ms == float("inf")
         if self._state.role == "primary" and (relayed or unheard) and not self._stopped:
-            self.condition = "unknown" if unheard else self.condition
+            if unheard:
+                self.condition = "unknown"
             self._await_last_words()
         else:
             self._count_as_ended()
