@@ -75,7 +75,7 @@ class Chaos:
         self.look()
         self.switches = [(now(), H1)]
         primary = H1
-        flush = ("run", "cl", "--", "redis-cli", "-h", "vm1", "flushall")
+        flush = ("run", "cl", "--", "redis-cli", "-e", "-h", "vm1", "flushall")
         until(lambda: lab(*flush, check=False).returncode == 0, 30, "redis is empty")
         protect(primary, kind)
         switch, load = Client("switchwatch", "sw"), Load()

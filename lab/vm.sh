@@ -57,7 +57,7 @@ vm_start() {
         virsh -q define /run/$vm.xml && virsh -q start $vm" > /dev/null
     SAY_TIMEOUT=1 wait_for "${VM_BOOT_SECONDS:-60}" "the guest to answer" guest_say "@$vm" ping ||
         die "see: lab/lab run $on -- cat /var/log/libvirt/qemu/$vm.serial"
-    wait_for 30 "the guest's redis" lab_run cl -- redis-cli -t 1 -h "$vm" ping || die "the guest is up but its redis is not"
+    wait_for 30 "the guest's redis" lab_run cl -- redis-cli -e -t 1 -h "$vm" ping || die "the guest is up but its redis is not"
     say "$vm runs on $on, its guest and redis answer"
 }
 

@@ -10,7 +10,7 @@ from world import H1, H2, IMAGE, Host, lab, other, protect, until
 
 
 def redis(*words: str) -> str:
-    return lab("run", "cl", "--", "redis-cli", "-t", "3", "-h", "vm1", *words, check=False).stdout.strip()
+    return lab("run", "cl", "--", "redis-cli", "-e", "-t", "3", "-h", "vm1", *words, check=False).stdout.strip()
 
 
 def back(host: Host) -> None:

@@ -94,7 +94,7 @@ ACTIONS: dict[str, Callable[[str, Host], object]] = {
 
 
 def redis(domain: str, *words: str) -> str:
-    return lab("run", "cl", "--", "redis-cli", "-t", "3", "-h", domain, *words, check=False).stdout.strip()
+    return lab("run", "cl", "--", "redis-cli", "-e", "-t", "3", "-h", domain, *words, check=False).stdout.strip()
 
 
 def started(domain: str) -> bool:

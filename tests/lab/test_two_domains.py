@@ -12,7 +12,7 @@ from world import H1, H2, SPARE, Host, configured, guest, lab, protect, until
 
 def redis(*words: str) -> str:
     """One command to vm2's redis, from cl; its answer."""
-    return lab("run", "cl", "--", "redis-cli", "-t", "2", "-h", "vm2", *words, check=False).stdout.strip()
+    return lab("run", "cl", "--", "redis-cli", "-e", "-t", "2", "-h", "vm2", *words, check=False).stdout.strip()
 
 
 def flows(host: Host, domain: str) -> bool:

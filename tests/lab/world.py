@@ -277,7 +277,7 @@ def redefined(xml: str, boot_s: float = 60) -> None:
     """vm1 is started anew on h1 by this definition; its guest and redis answer."""
     H1.sh(f"cat > /root/vm1.xml << 'EOF'\n{xml}\nEOF\nvirsh -q destroy vm1; virsh -q define /root/vm1.xml && virsh -q start vm1")
     until(guest_answers, boot_s, "the guest answers")
-    redis = ("run", "cl", "--", "redis-cli", "-t", "1", "-h", "vm1", "ping")
+    redis = ("run", "cl", "--", "redis-cli", "-e", "-t", "1", "-h", "vm1", "ping")
     until(lambda: lab(*redis, check=False).stdout.strip() == "PONG", 30, "its redis answers")
 
 
