@@ -506,6 +506,20 @@ MUTANTS = [
         "gate.py::test_an_overlay_that_qemu_has_committed_is_removed",
     ),
     Mutant(
+        "the copy runs before its overlay is gone", "mcft/gate/standby.py",
+        "        yield from self._retire_overlays(COMMIT_POLL_MS, boottime_ms() + COMMIT_WAIT_MS)\n", "",
+        "gate.py::test_an_overlay_that_qemu_has_committed_is_removed",
+    ),
+    Mutant(
+        "a copy that QEMU resumed by itself runs on while its overlay is there", "mcft/gate/standby.py",
+        'elif name == "RESUME" and self._held:', 'elif name == "RESUME" and False:',
+        "gate.py::test_an_overlay_that_qemu_has_committed_is_removed",
+    ),
+    Mutant(
+        "a commit that never ends is waited for", "mcft/gate/standby.py",
+        "COMMIT_WAIT_MS = 2000.0", "COMMIT_WAIT_MS = 200000.0", "gate.py::test_a_commit_that_takes_long_is_not_waited_for",
+    ),
+    Mutant(
         "an overlay goes before it is committed", "mcft/gate/standby.py",
         "if t not in uncommitted(reply[\"return\"])]", "]", "gate.py::test_an_overlay_that_qemu_has_committed_is_removed",
     ),

@@ -6,7 +6,6 @@ import contextlib
 import os
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from mcft import sockbreak
@@ -27,7 +26,9 @@ EXIT_EVENT_MS = 1000.0
 STREAM_END_MS = 5000.0
 HALF_LOADED = "the checkpoint stream ended {how}: the last checkpoint may be half loaded"
 WAKE_AFTER_MS = 100.0  # behind the delay: a checkpoint's own pause is shorter on a link that is fit for it
-RETIRE_POLL_MS = 10.0
+COMMIT_WAIT_MS = 2000.0
+COMMIT_POLL_MS = 2.0
+LATE_COMMIT_POLL_MS = 10.0
 
 
 def _forget_file(path: str) -> None:
@@ -54,7 +55,8 @@ class Standby:
         self._armed_echo_ms = float("-inf")  # when the newest keepalive that we answered with `armed` had arrived
         self._no_echo_until_ms = float("-inf")
         self._exit_ms = 0.0
-        self._took = self._flushed = self._exited = self._waking = self._was_blind = False
+        self._took = self._exited = self._waking = self._was_blind = False
+        self._held = self._continued = False  # what the next RESUME means: QEMU's own after a failover, or our `cont`'s
         self._timing: dict[str, float] = {}
 
     def started(self) -> None:
@@ -68,7 +70,7 @@ class Standby:
     def monitor_connected(self) -> None:
         """Events may have been missed: a guest that runs ahead unseen is stopped (it is following, not active)."""
         if self.gate.state.mode == "pass" and self.gate.state.serial > 1:
-            self.gate.loop.spawn(self._retire_overlays())
+            self.gate.loop.spawn(self._retire_overlays(LATE_COMMIT_POLL_MS))
         if self._following and self.gate.state.serial > 1 and self.gate.state.mode != "pass":
             self.gate.qemu.send(Commands([("query-status", {})]), self._stop_if_running)
 
@@ -84,7 +86,9 @@ class Standby:
             self.gate.qemu.send(Commands([("stop", {})]), lambda _replies: None)
             if self.loads == 1:
                 self.gate.control.note("loaded", count=1)
-        elif name == "RESUME" and self._flushed and "resume" not in self._timing:
+        elif name == "RESUME" and self._held:
+            self.gate.qemu.send(Commands([("stop", {})]), lambda _replies: None)
+        elif name == "RESUME" and self._continued and "resume" not in self._timing:
             self._timing["resume"] = now_ms
         elif name == "COLO_EXIT":
             if self._following and not self._exited and self._stream_is_open():
@@ -201,7 +205,8 @@ class Standby:
         """taken(g) is on disk. Wait out what was echoed, end replication, resume from the last checkpoint, read back.
 
         QEMU: `nbd-server-stop` ends the primary's writes, `stop` flushes every disk (vm_stop does, also when stopped),
-        `x-colo-lost-heartbeat` ends COLO and starts the commit of the overlay, `cont` resumes.
+        `x-colo-lost-heartbeat` ends COLO, starts the commit of the overlay and resumes the guest by itself half a millisecond
+        later (process_incoming_migration_bh), so it is stopped again, as at every load; `cont` after the commit resumes it.
         """
         if self.gate.state.record not in ("taken",):
             answer(Denied("taken(g) must be durable first"))
@@ -220,16 +225,18 @@ class Standby:
         if self.gate.disk_error:
             answer(Denied(f"this copy is not whole: {self.gate.disk_error}"))
             return
-        self._following, self._took = self._following and not ended, True
+        self._following, self._took, self._held = self._following and not ended, True, True
         replies: list[Message] = []
         for command in ("nbd-server-stop", "stop", "x-colo-lost-heartbeat"):
             self._send(replies, command)
         if not ended and not (yield from self._until_no_colo(replies)):
             answer(Denied("QEMU does not end the checkpoint stream: neither COLO_EXIT nor colo mode none"))
             return
+        yield from self._retire_overlays(COMMIT_POLL_MS, boottime_ms() + COMMIT_WAIT_MS)
         if self.gate.state.tcg:
             self._send(replies, *tcg.lead_command())
-        # Not waited for: QEMU says RESUME before its main loop, busy committing, comes to the last reply.
+        self._held, self._continued = False, True
+        # Not waited for: QEMU says RESUME before its main loop, perhaps still busy committing, comes to the last reply.
         self._send(replies, "cont")
         ran = yield self.gate.wait(self._runs_or_gone, 300.0)
         status = "running" if ran and self.gate.qemu.condition == "running" else ""
@@ -247,32 +254,30 @@ class Standby:
         self.gate.state.mode = "pass"
         self.gate.persist()
         answer({"running": True, "timing_ms": self.timing()})
-        self.gate.loop.spawn(self._retire_overlays())
+        self.gate.loop.spawn(self._retire_overlays(LATE_COMMIT_POLL_MS))
 
-    def _retire_overlays(self) -> Task:
+    def _retire_overlays(self, poll_ms: float, until_ms: float = float("inf")) -> Task:
         """Remove the name of each `active` overlay as soon as QEMU has committed it.
 
         From then on the guest writes to the disk itself. An overlay that is still there when the guest or the host ends is
-        committed offline, and would put old blocks over those writes (seen in the lab while libvirtd stood still). The
-        agent may be away just then, so the gate does it. QEMU keeps the file open until the agent takes the node away.
+        committed offline, and would put old blocks over those writes (seen in the lab while libvirtd stood still): so a
+        take-over waits for it, with the guest stopped. Only a commit that takes longer than `COMMIT_WAIT_MS` (a slow or a full
+        disk) goes on beneath a running guest. QEMU keeps the file open until the agent takes the node away.
         """
         state = self.gate.state
-        while state.overlays and self.gate.qemu.condition == "running":
+        while state.overlays and self.gate.qemu.condition == "running" and boottime_ms() < until_ms:
             (reply,) = yield Commands([("query-named-block-nodes", {"flat": True})])
             if "return" in reply:
                 for target in [t for t in state.overlays if t not in uncommitted(reply["return"])]:
                     _forget_file(state.overlays.pop(target))
                     self.gate.persist()
             if state.overlays:
-                yield self.gate.wait(lambda: self.gate.qemu.condition != "running", RETIRE_POLL_MS)
+                yield self.gate.wait(lambda: self.gate.qemu.condition != "running", poll_ms)
+        if not state.overlays:
+            self._timing.setdefault("committed", boottime_ms())
 
     def _send(self, replies: list[Message], command: str, arguments: dict[str, Any] | None = None) -> None:
-        self.gate.qemu.send(Commands([(command, arguments or {})]), partial(self._take_reply, command, replies))
-
-    def _take_reply(self, command: str, replies: list[Message], rows: list[Message]) -> None:
-        replies.extend(rows)
-        # From here on a RESUME is our `cont`'s, and every disk was flushed before it.
-        self._flushed = self._flushed or (command == "stop" and not self._following)
+        self.gate.qemu.send(Commands([(command, arguments or {})]), replies.extend)
 
     def _until_no_colo(self, replies: list[Message]) -> Task:
         """COLO_EXIT was missed (this gate was restarted): the failover ends QEMU's COLO thread, and with it any load."""
@@ -280,8 +285,7 @@ class Standby:
         while boottime_ms() < deadline_ms and self.gate.qemu.condition == "running":
             (reply,) = yield Commands([("query-colo-status", {})])
             if reply.get("return", {}).get("mode") == "none":
-                self._following = self._flushed = False
-                self._timing.pop("resume", None)
+                self._following = False
                 self._send(replies, "stop")
                 return True
             yield self.gate.wait(self._stream_over, 5.0)

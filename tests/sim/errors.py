@@ -33,7 +33,7 @@ class Error:
 
 ETCD = "mcft/arbiter/etcd.py"
 COMMIT, FAILOVER, GENERATIONS = "mcft/commit.py", "mcft/failover.py", "mcft/generations.py"
-FILTER = "mcft/gate/filter.py"
+FILTER, GATE_STANDBY = "mcft/gate/filter.py", "mcft/gate/standby.py"
 PRIMARY, STANDBY, SETUP = "mcft/gate/primary.py", "mcft/agent/standby.py", "mcft/agent/setup.py"
 DECISIONS, SITE, VERBS = "mcft/agent/decisions.py", "mcft/agent/site.py", "mcft/agent/peerverbs.py"
 
@@ -137,6 +137,9 @@ ERRORS = [
     )),
     Error("chain started as a bare disk", (
         (SITE, "        await overlays.commit_files(self.body.disks, self.body.overlays_g)\n", ""),
+    )),
+    Error("the guest speaks before its overlay is gone", (
+        (GATE_STANDBY, "        yield from self._retire_overlays(COMMIT_POLL_MS, boottime_ms() + COMMIT_WAIT_MS)\n", ""),
     )),
     Error("disk error not sticky", (
         (PRIMARY, "            self.gate.saw_disk_error(what)\n            self.commit.stream_died(\"disk error\")\n",

@@ -399,7 +399,11 @@ def _before_release(world: World, host: Host, fault: Fault) -> None:
 def _in_commit(world: World, host: Host, fault: Fault) -> None:
     def then(where: Host) -> None:
         act = [_qemu, _power, _agent, _freeze][fault.more]
-        _later(world, world.rng.random() * 250.0, lambda: act(world, where, fault))
+        when = world.rng.random()
+        if when < 0.5:
+            _later(world, 2 * when * 250.0, lambda: act(world, where, fault))
+        else:
+            _at(world, "committed", lambda ended: _later(world, (2 * when - 1) * 15.0, lambda: act(world, ended, fault)))
 
     _at(world, "commit", then)
     if fault.host == 0:

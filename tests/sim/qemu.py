@@ -683,6 +683,7 @@ class Qemu:
             self.world.moment("commit", self.host)
             if self._overlay(0) is not None and self._overlay(1) is not None:
                 image.torn = image.torn or "committing"
+            self.world.at(0.5, self.proc, self._out_of_colo)
         else:
             raise RuntimeError("not in COLO")
 
@@ -705,6 +706,12 @@ class Qemu:
             image.torn = ""
         self._committed = image.content
         self.failover = False
+        self.world.moment("committed", self.host)
+
+    def _out_of_colo(self) -> None:
+        """QEMU resumes a copy by itself after a failover (`process_incoming_migration_bh`)."""
+        if self.runstate != "running":
+            self.start_running()
 
     def _q_yank(self, a: dict[str, Any], r: Reply) -> Any:
         for instance in a["instances"]:

@@ -54,8 +54,6 @@ def one(seed: int, rounds: list[list[Fault]], *, trace: bool = False) -> tuple[W
 
 def known_end(world: World, violation: Violation) -> str:
     """What is found, not mended, and counted by its name (docs/correctness.md, "Open"); empty for anything else."""
-    if world.residue and violation.kind in ("no acknowledged write lost", "the truth"):
-        return "(known: died between an overlay's commit and its removal)"
     if world.oracle.not_asked and violation.kind == "liveness":
         return "(known: a failed write of `arming` was on the disk all the same)"
     return ""

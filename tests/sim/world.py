@@ -156,7 +156,7 @@ class World:
         self.arbiter = "standby"
         self.release_is_kernels = False  # as with plug: at once; else QEMU comes to it when it can, and the tap has a lease
         self.mended = 0
-        self.moments: dict[str, list[Callable[[Host], None]]] = {"record": [], "commit": [], "acknowledged": []}
+        self.moments: dict[str, list[Callable[[Host], None]]] = {"record": [], "commit": [], "committed": [], "acknowledged": []}
         self.fence_works, self.fence_lies = [True, True], False
         self.hosts = [Host(self, "host1", 0), Host(self, "host2", 1)]
         self.hosts[0].other, self.hosts[1].other = self.hosts[1], self.hosts[0]

@@ -611,27 +611,55 @@ def test_the_lease_is_over_before_the_copy_runs(standby: GateLab) -> None:
     assert len(standby.qmp.sent("stop")) == stops, "a guest that took over is not stopped at its RESUME"
 
 
-def test_an_overlay_that_qemu_has_committed_is_removed(standby: GateLab, tmp_path: Path) -> None:
-    """Fails if it stays (committing it again later would undo what the guest wrote since), or goes before its time."""
+def replication_over(node: str) -> list[dict[str, Any]]:
+    """What QEMU says of its block graph: after the commit of an overlay, replication is over libvirt's own node."""
+    return [{"node-name": "mcft-r-vda", "children": [{"child": "file", "node-name": node}]}]
+
+
+def won_with_an_overlay(standby: GateLab, tmp_path: Path) -> tuple[AgentEnd, Path]:
+    """taken(g) is durable; vda has an overlay that QEMU has not committed."""
     active = tmp_path / "active"
     active.write_text("x")
     state = standby.saved()
     state.overlays = {"vda": str(active)}
     save(standby.state_path, state)
-
-    def nodes(below: str) -> list[dict[str, Any]]:
-        return [{"node-name": "mcft-r-vda", "children": [{"child": "file", "node-name": below}]}]
-
-    standby.qmp.status, standby.qmp.answers["query-named-block-nodes"] = "colo", nodes("mcft-a-vda")
+    standby.qmp.status, standby.qmp.answers["query-named-block-nodes"] = "colo", replication_over("mcft-a-vda")
     agent = standby.start()
     until(lambda: standby.peer.last.record == "armed" and standby.peer.heard[-1].echo)
     agent.ask("claim")
     agent.ask("update", record="taken")
     assert not standby.qmp.sent("query-named-block-nodes")
+    return agent, active
+
+
+def test_an_overlay_that_qemu_has_committed_is_removed(standby: GateLab, tmp_path: Path) -> None:
+    """QEMU resumes the copy by itself after a failover: it is stopped until the overlay is committed, and its name gone.
+
+    Fails if the overlay stays (committing it again later would undo what the guest wrote since), goes before its time, or if
+    the guest writes meanwhile.
+    """
+    agent, active = won_with_an_overlay(standby, tmp_path)
+    ident = agent.post("take")
+    until(lambda: standby.qmp.sent("query-named-block-nodes"))
+    stops = len(standby.qmp.sent("stop"))
+    standby.qmp.event("RESUME", "running")
+    until(lambda: len(standby.qmp.sent("stop")) == stops + 1)
+    asked = len(standby.qmp.sent("query-named-block-nodes"))
+    until(lambda: len(standby.qmp.sent("query-named-block-nodes")) > asked + 1)
+    assert active.exists() and not standby.qmp.sent("cont")
+    standby.qmp.answers["query-named-block-nodes"] = replication_over("libvirt-1-storage")
+    until(lambda: standby.qmp.sent("cont"))
+    assert not active.exists() and not standby.saved().overlays
+    standby.qmp.event("RESUME", "running")
+    assert agent.answer(ident)["running"] is True
+
+
+def test_a_commit_that_takes_long_is_not_waited_for(standby: GateLab, tmp_path: Path) -> None:
+    """A slow disk, or one that fails: the guest runs after 2 s, and the overlay goes when it is committed, not before."""
+    agent, active = won_with_an_overlay(standby, tmp_path)
     take(standby, agent)
-    until(lambda: len(standby.qmp.sent("query-named-block-nodes")) > 2)
     assert active.exists()
-    standby.qmp.answers["query-named-block-nodes"] = nodes("libvirt-1-storage")
+    standby.qmp.answers["query-named-block-nodes"] = replication_over("libvirt-1-storage")
     until(lambda: not active.exists())
     until(lambda: not standby.saved().overlays)
 
