@@ -223,6 +223,7 @@ class FakePeer:
                 if self.talking:
                     with contextlib.suppress(OSError):
                         self.sock.sendto(self.session.next(self.word, now), ("127.0.0.1", self.gate_port))
+                    changed()
             select.select([self.sock], [], [], max(0.0, next_ms - now) / 1000)
             with contextlib.suppress(OSError):
                 while True:
