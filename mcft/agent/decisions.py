@@ -107,8 +107,9 @@ class Deciding(Outcomes):
         if self.ledger.newest is Kind.PREPARING:
             await self.site.runner.undo_all(self.steps(), self)
             return
-        self.decide(lambda: self._resolve(f"arming failed: {error}"), "undo arming")
-        await self._decided()
+        if self.ledger.newest in UNDECIDED:  # (a guest that shut down meanwhile, say, has been dealt with)
+            self.decide(lambda: self._resolve(f"arming failed: {error}"), "undo arming")
+            await self._decided()
 
     def decide(self, work: Any, name: str) -> None:
         """Begin a decision; where one is under way, that one is it."""

@@ -212,3 +212,11 @@ def test_a_guest_that_shut_down_under_a_killed_gate_is_not_raised_by_the_new_gat
     Fails if `OwnQemu.watch` says so at once.
     """
     holds([Fault(1000.0, "kill the gate", 0, 463.0, 3), Fault(1001.1, "the guest shuts down", 0, 8000.0, 3)], seeds=range(1, 20))
+
+
+def test_a_guest_that_shuts_down_while_arming_waits_for_etcd_stays_stopped() -> None:
+    """Both had recorded its end; then the arming that still waited failed, and made `muted` of `stopped`: no `mcft start`, for ever.
+
+    Fails if `Deciding._arming_failed` decides though the records say that it is decided.
+    """
+    holds([Fault(180.0, "arbiter slow", 1, 8000.0, 2), Fault(620.0, "the guest shuts down", 0)], seeds=range(7, 20, 6))
