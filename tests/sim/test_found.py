@@ -215,7 +215,7 @@ def test_a_guest_that_shut_down_under_a_killed_gate_is_not_raised_by_the_new_gat
 
 
 def test_a_guest_that_shuts_down_while_arming_waits_for_etcd_stays_stopped() -> None:
-    """Both had recorded its end; then the arming that still waited failed, and made `muted` of `stopped`: no `mcft start`, for ever.
+    """Both had recorded its end; then the arming that still waited failed, and made `muted` of `stopped`: no `mcft start`.
 
     Fails if `Deciding._arming_failed` decides though the records say that it is decided.
     """
