@@ -301,12 +301,15 @@ class Deciding(Outcomes):
     async def _obey_peer(
         self, reason: str, known: model.Records | None, said: str, claiming: asyncio.Task[Standing | None] | None
     ) -> bool:
-        """What the standby's word means: True once it decided, and then the claim has no more to say. A claim that may have
-        been sent comes first: what it decides is not known yet."""
+        """What the standby's word means: True once it decided, and then the claim has no more to say.
+
+        A claim that may have been sent comes first: what it decides is not known yet. One that etcd can resolve no more (wiped,
+        or restored from a backup) would wait for ever; given-up(g), which nobody writes whose own claim may have been sent, counts.
+        """
         theirs = peer_ledger(known) if known else None
         verdict = generations.verdict_on_peer_records(self.ledger, theirs)
         if verdict == "solo" and known is not None and theirs is not None:
-            if theirs.has(Kind.TAKEN) or await self.arbiter.withdraw():
+            if theirs.has(Kind.TAKEN) or self.body.arbiter_trouble or await self.arbiter.withdraw():
                 if claiming is not None:
                     claiming.cancel()
                 self._note_disk_error(reason, known)

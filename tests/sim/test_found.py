@@ -220,3 +220,15 @@ def test_a_guest_that_shuts_down_while_arming_waits_for_etcd_stays_stopped() -> 
     Fails if `Deciding._arming_failed` decides though the records say that it is decided.
     """
     holds([Fault(180.0, "arbiter slow", 1, 8000.0, 2), Fault(620.0, "the guest shuts down", 0)], seeds=range(7, 20, 6))
+
+
+def test_a_standby_that_gave_up_settles_what_etcd_can_not() -> None:
+    """The standby's host died, etcd got the claim and was restored before it answered: it can't tell, for ever. That
+    host came back and gave up, and the primary stayed muted all the same.
+
+    Fails if a claim that etcd does not resolve counts for more than given-up(g).
+    """
+    holds(
+        [Fault(299.0, "arbiter slow", 0, 3000.0, 3), Fault(300.0, "power", 1, 30.0), Fault(1200.0, "arbiter rolled back")],
+        seeds=range(1, 11, 3),
+    )  # fmt: skip
