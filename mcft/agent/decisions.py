@@ -304,7 +304,7 @@ class Deciding(Outcomes):
         """What the standby's word means: True once it decided, and then the claim has no more to say.
 
         A claim that may have been sent comes first: what it decides is not known yet. One that etcd can resolve no more (wiped,
-        or restored from a backup) would wait for ever; given-up(g), which nobody writes whose own claim may have been sent, counts.
+        or restored from a backup) would wait for ever; given-up(g), which no side writes whose own claim may be out, counts then.
         """
         theirs = peer_ledger(known) if known else None
         verdict = generations.verdict_on_peer_records(self.ledger, theirs)
