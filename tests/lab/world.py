@@ -273,12 +273,16 @@ def guest_answers() -> bool:
         return False
 
 
+def redis_answers() -> bool:
+    """vm1's, to a client on the LAN: some time after its guest does."""
+    return lab("run", "cl", "--", "redis-cli", "-e", "-t", "1", "-h", "vm1", "ping", check=False).stdout.strip() == "PONG"
+
+
 def redefined(xml: str, boot_s: float = 60) -> None:
     """vm1 is started anew on h1 by this definition; its guest and redis answer."""
     H1.sh(f"cat > /root/vm1.xml << 'EOF'\n{xml}\nEOF\nvirsh -q destroy vm1; virsh -q define /root/vm1.xml && virsh -q start vm1")
     until(guest_answers, boot_s, "the guest answers")
-    redis = ("run", "cl", "--", "redis-cli", "-e", "-t", "1", "-h", "vm1", "ping")
-    until(lambda: lab(*redis, check=False).stdout.strip() == "PONG", 30, "its redis answers")
+    until(redis_answers, 30, "its redis answers")
 
 
 def link(name: str, to: str) -> float:
@@ -425,4 +429,5 @@ def _as_new() -> bool:
     """The running guest can be used again: it answers, and what an earlier test set going has ended."""
     if not guest_answers():
         return False
+    until(redis_answers, 30, "redis answers: a guest that an earlier test started may still be booting")
     return "run=0" in guest("writer", "stop") and guest("dirty", "0") == "ok" and guest("beacon", "on") == "ok"
