@@ -107,16 +107,16 @@ async def interpose(qmp: Qmp, disks: list[Disk]) -> None:
     On any error the drives go back to libvirt's nodes before the guest continues. Raises: QmpError, Failed ("resumed") if
     somebody else let the guest run on a null node: nobody can keep it from that, but it is not hidden.
     """
-    running = await qmp.status() == "running"
+    running = False
     try:
         await _add_nulls(qmp, disks)
-        if running:
-            await qmp.execute("stop")
+        running = await qmp.status() == "running"
+        await qmp.execute("stop")  # a paused one too: it may be resumed just now
         for disk in disks:
             await _set_drive(qmp, disk, _null(disk.target))
             await qmp.execute("blockdev-add", **_quorum_node(disk.target, disk.node))
             await _set_drive(qmp, disk, quorum(disk.target))
-        if running and await qmp.status() == "running":
+        if await qmp.status() == "running":
             raise Failed(
                 "resumed", "somebody resumed the guest in the few ms in which its disks were put under mcft's nodes",
                 "what it wrote then is lost, and what it read was zeros", "check its file systems, then protect it again",
@@ -166,8 +166,7 @@ async def restore(qmp: Qmp, disks: list[Disk], *, was_running: bool = False) -> 
     cut_off = any(_node_of(disk, inserted) == _null(disk.target) for disk in ours)
     running = await qmp.status() == "running"
     if ours:
-        if running:
-            await qmp.execute("stop")
+        await qmp.execute("stop")
         for disk in ours:
             await _back_to_libvirt(qmp, disk)
         still = await _inserted(qmp)

@@ -236,8 +236,21 @@ MUTANTS = [
         "mcsession.py::test_every_second_checkpoint_releases_and_few_questions_are_asked",
     ),
     Mutant(
+        "whether a guest runs is asked before its null nodes are made", "mcft/diskreplica.py",
+        """        await _add_nulls(qmp, disks)
+        running = await qmp.status() == "running"
+        await qmp.execute("stop")  # a paused one too: it may be resumed just now
+""",
+        """        running = await qmp.status() == "running"
+        await _add_nulls(qmp, disks)
+        if running:
+            await qmp.execute("stop")
+""",
+        "diskreplica.py::test_a_paused_guest_that_somebody_resumes_as_it_begins_is_stopped",
+    ),
+    Mutant(
         "a guest that was resumed on a null node is not told of", "mcft/diskreplica.py",
-        'if running and await qmp.status() == "running":', "if False:",
+        '        if await qmp.status() == "running":', "        if False:",
         "diskreplica.py::test_a_guest_that_somebody_resumed_on_a_null_node_is_told_of",
     ),
     Mutant(

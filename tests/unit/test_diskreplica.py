@@ -62,3 +62,12 @@ async def test_a_guest_that_somebody_resumed_on_a_null_node_is_told_of() -> None
         await diskreplica.interpose(qemu, [DISK])  # type: ignore[arg-type]
     assert "mcft-0-vda" in qemu.ran_on and "file systems" in error.value.next_step
     assert qemu.drive == DISK.node and qemu.state == "running"
+
+
+async def test_a_paused_guest_that_somebody_resumes_as_it_begins_is_stopped() -> None:
+    """Fails if what was paused a moment ago is not stopped: its drives would change under a running guest."""
+    qemu = Qemu(resumed_at="blockdev-add")
+    qemu.state = "paused"
+    await diskreplica.interpose(qemu, [DISK])  # type: ignore[arg-type]
+    assert "mcft-0-vda" not in qemu.ran_on and qemu.drive == diskreplica.quorum("vda")
+    assert qemu.state == "running"
