@@ -220,7 +220,7 @@ class Primary(Deciding):
             await self._undo_cut_off()
         elif newest in UNDECIDED and not self.ledger.won:
             await self._adopt_armed(newest)
-        elif not (newest is Kind.LOST and not self.qemu_alive() and self.body.state == "lost"):
+        elif self.ledger.won or not (newest is Kind.LOST and not self.qemu_alive() and self.body.state == "lost"):
             self.decide(self.go_on, "go on with")
 
     async def _undo_cut_off(self) -> None:

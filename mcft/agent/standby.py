@@ -30,6 +30,7 @@ class Standby(Copy):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
+        self._letting_go = asyncio.Lock()  # of giving up and claiming, the one that begins first excludes the other
         self._broken = ""  # why this copy is not whole; its record waits while a claim of its own is under way
 
     @property
@@ -70,6 +71,10 @@ class Standby(Copy):
         A primary whose QEMU is gone gets no giving up: it said so, and this side takes over.
         """
         await self._note_primarys_disk(about.detail)
+        async with self._letting_go:
+            await self._give_up(about)
+
+    async def _give_up(self, about: model.About) -> None:
         if self.ledger.newest in (Kind.TAKEN, Kind.GIVEN_UP, Kind.LOST, Kind.ENDED):
             return
         if not about.qemu_runs and self.ledger.newest is Kind.ARMED and self.qemu_alive():
@@ -215,6 +220,9 @@ class Standby(Copy):
         def waits(why: str) -> None:
             self.to_state("taking-over", f"{reason}; {why}")
 
+        async with self._letting_go:
+            if self.ledger.newest is not Kind.ARMED:
+                return False
         standing = await self.arbiter.claim(let_go=let_go, on_wait=waits, silent=self.peer_silent)
         if standing is Standing.WON:
             return True

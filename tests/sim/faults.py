@@ -409,7 +409,7 @@ def _in_commit(world: World, host: Host, fault: Fault) -> None:
         act = [_qemu, _power, _agent, _freeze][fault.more]
         when = world.rng.random()
         if when < 0.5:
-            _later(world, 2 * when * 250.0, lambda: act(world, where, fault))
+            _later(world, 2 * when * 250.0 * min(world.slow_commit, 12.0), lambda: act(world, where, fault))
         else:
             _at(world, "committed", lambda ended: _later(world, (2 * when - 1) * 15.0, lambda: act(world, ended, fault)))
 

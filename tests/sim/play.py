@@ -26,7 +26,7 @@ def make(seed: int, *, trace: bool = False) -> World:
     world.slow_monitor_ms = world.rng.choice([2.0, 20.0, 150.0])
     world.slow_store_ms = world.rng.choice([2.0, 30.0, 300.0])
     world.double_calls = world.rng.choice([0.0, 0.05, 0.3])
-    world.slow_commit = world.rng.choice([1.0, 1.0, 5.0, 30.0])
+    world.slow_commit = world.rng.choice([1.0, 1.0, 5.0, 60.0])
     world.arbiter = KINDS[seed % len(KINDS)]
     world.release_is_kernels = seed // len(KINDS) % 2 == 1
     world.fence_lies = world.rng.random() < 0.3

@@ -232,3 +232,28 @@ def test_a_standby_that_gave_up_settles_what_etcd_can_not() -> None:
         [Fault(299.0, "arbiter slow", 0, 3000.0, 3), Fault(300.0, "power", 1, 30.0), Fault(1200.0, "arbiter rolled back")],
         seeds=range(1, 11, 3),
     )  # fmt: skip
+
+
+def test_a_win_that_was_given_back_is_taken_up_after_a_power_loss_too() -> None:
+    """The copy that had taken over died before it ran, and the win was given back; the old primary had that on its disk when its
+    power went: it came back as `lost`, like the other, and nobody could start the guest.
+
+    Fails if `Primary.adopt` looks at its newest record of g alone.
+    """
+    holds(
+        [Fault(100.0, "kill QEMU", 0), Fault(160.0, "at the next record", 0, 346.0, 2), Fault(162.0, "kill QEMU", 1)],
+        seeds=range(6, 18, 6),
+    )  # fmt: skip
+
+
+def test_a_standby_that_gives_up_does_not_claim_any_more() -> None:
+    """A standby that had stood still claimed, and was asked to give up before that claim was durable: it did, and etcd decided
+    for it all the same. Neither host had the guest.
+
+    Fails if giving up and claiming do not exclude each other (`Standby._letting_go`).
+    """
+    holds(
+        [Fault(460.0, "freeze the host", 1, 8000.0), Fault(630.0, "cut both links", 0, 499.0, 2),
+         Fault(1626.0, "virsh destroy", 0)],
+        seeds=range(22, 23),
+    )  # fmt: skip
