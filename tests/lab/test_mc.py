@@ -12,14 +12,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import world
-from conftest import EVIDENCE
 from mcworld import definition, hang_next, traced, without_tls
 from world import H1, H2, HOSTS, REPO, configured, guest, guest_answers, lab, link, now, protect, redefined, until
 
 pytestmark = pytest.mark.skipif(not (REPO / "tests/mcqemu/emulator").exists(), reason="the stand-in is not in this tree")
-
-
-NOT_SEEN_GREEN = pytest.mark.skipif(not EVIDENCE, reason="MCFT_EVIDENCE=1: not seen green since its last fix")
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +78,7 @@ def test_protect_set_and_let_go() -> None:
     assert {row["state"] for row in H1.qmp("query-migrate-capabilities") if row["capability"].startswith("mc")} == {False}
 
 
-@pytest.mark.parametrize("loss", [pytest.param("kill", marks=NOT_SEEN_GREEN), "power"])
+@pytest.mark.parametrize("loss", ["kill", "power"])
 def test_take_over(loss: str, measure: Callable[[str, float], float]) -> None:
     """The primary's QEMU killed, or its host's power cut; protected back afterwards. Fails if the copy resumed by itself."""
     follow()
@@ -172,7 +168,6 @@ def test_an_intended_end_is_no_take_over(way: str) -> None:
     assert take_overs() == before
 
 
-@NOT_SEEN_GREEN
 def test_a_hang_is_handed_over() -> None:
     """A checkpoint without a dirty page hangs that QEMU for ever: counter frozen, monitor silent; it is killed, the copy goes on.
 
