@@ -12,6 +12,7 @@ help:
 	@echo 'make test-unit  three minutes, without root or libvirt'
 	@echo 'make test-kernel  what needs another kernel, each also alone: test-plug (qdiscs) and test-uml (the whole lab on plug), both'
 	@echo '                on user-mode Linux; test-kvm (plug under KVM and vhost-net) and test-rdma, each in a VM (root)'
+	@echo 'make test-mc-plug  engine mc on plug, by its stand-in, in that VM: 20 minutes (root; not part of make test)'
 	@echo 'make test-oldlibvirt  what agents ask of libvirt, on libvirtd 7.0 (root; not part of make test)'
 	@echo 'make sim        the protocol in a simulated world: SECONDS=60, and SEED=n replays one (docs/correctness.md)'
 	@echo 'make bench      the figures, as ratios within one run'

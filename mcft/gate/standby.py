@@ -233,9 +233,20 @@ class Standby:
             answer(Denied("QEMU does not end the checkpoint stream: neither COLO_EXIT nor colo mode none"))
             return
         yield from self._retire_overlays(COMMIT_POLL_MS, boottime_ms() + COMMIT_WAIT_MS)
+        if problem := (yield from self._go_on(replies)):
+            answer(Denied(problem))
+            return
+        self.gate.state.mode = "pass"
+        self.gate.persist()
+        answer({"running": True, "timing_ms": self.timing()})
+        self.gate.loop.spawn(self._retire_overlays(LATE_COMMIT_POLL_MS))
+
+    def _go_on(self, replies: list[Message]) -> Task:
+        """Resume the guest, and read back that it runs. Empty, or why it does not."""
         if self.gate.state.tcg:
             self._send(replies, *tcg.lead_command())
         self._held, self._continued = False, True
+        self._timing.pop("resume", None)  # (an earlier try's)
         # Not waited for: QEMU says RESUME before its main loop, perhaps still busy committing, comes to the last reply.
         self._send(replies, "cont")
         ran = yield self.gate.wait(self._runs_or_gone, 300.0)
@@ -247,14 +258,8 @@ class Standby:
             if status != "running":
                 yield self.gate.wait(self._runs_or_gone, 5.0)
         self._timing["running"] = boottime_ms()
-        if status != "running":
-            errors = "; ".join(r["error"]["desc"] for r in replies if "error" in r)
-            answer(Denied(f"the copy does not run: {status or 'QEMU is gone'} {errors}".strip()))
-            return
-        self.gate.state.mode = "pass"
-        self.gate.persist()
-        answer({"running": True, "timing_ms": self.timing()})
-        self.gate.loop.spawn(self._retire_overlays(LATE_COMMIT_POLL_MS))
+        errors = "; ".join(r["error"]["desc"] for r in replies if "error" in r)
+        return "" if status == "running" else f"the copy does not run: {status or 'QEMU is gone'} {errors}".strip()
 
     def _retire_overlays(self, poll_ms: float, until_ms: float = float("inf")) -> Task:
         """Remove the name of each `active` overlay as soon as QEMU has committed it.
