@@ -514,6 +514,11 @@ MUTANTS = [
         "gate.py::test_a_stream_that_ended_with_its_primary_leaves_a_whole_copy",
     ),
     Mutant(
+        "a standby that gave up while its gate was away calls itself protected", "mcft/agent/standby.py",
+        "        if self.ledger.newest is Kind.ARMED:  # (its gate", "        if True:  # (its gate",
+        "arming.py::test_given_up_while_its_gate_was_away_it_is_not_protected",
+    ),
+    Mutant(
         "a committed overlay stays", "mcft/gate/standby.py",
         "_forget_file(state.overlays.pop(target))", "state.overlays.pop(target)",
         "gate.py::test_an_overlay_that_qemu_has_committed_is_removed",

@@ -56,9 +56,10 @@ class Standby(Copy):
         if self.ledger.newest is not Kind.ARMED:
             return self._stands("another record came first")
         await self.gate.insist("update", record="armed")
-        self.arbiter.start_watch()
-        self.to_state("protected")
-        await self.save()
+        if self.ledger.newest is Kind.ARMED:  # (its gate may have been away for long: given up meanwhile)
+            self.arbiter.start_watch()
+            self.to_state("protected")
+            await self.save()
         return self._stands()
 
     def _stands(self, detail: str = "") -> model.Answer:
