@@ -459,7 +459,7 @@ MUTANTS = [
     Mutant(
         "a standby lets its guest run ahead", "mcft/gate/standby.py",
         "            self._load_ms = now_ms\n"
-        "            self.gate.qemu.send(Commands([(\"stop\", {})]), lambda _replies: None)",
+        "            self._stop()",
         "            self._load_ms = now_ms",
         "gate.py::test_standby_stops_the_guest_after_each_load",
     ),

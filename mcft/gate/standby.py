@@ -56,7 +56,7 @@ class Standby:
         self._no_echo_until_ms = float("-inf")
         self._exit_ms = 0.0
         self._took = self._exited = self._waking = self._was_blind = False
-        self._held = self._continued = False  # what the next RESUME means: QEMU's own after a failover, or our `cont`'s
+        self._held = False  # in a take-over, until our `cont`: a RESUME is QEMU's own
         self._timing: dict[str, float] = {}
 
     def started(self) -> None:
@@ -76,19 +76,22 @@ class Standby:
 
     def _stop_if_running(self, replies: list[Message]) -> None:
         if self._following and replies[0].get("return", {}).get("status") == "running":
-            self.gate.qemu.send(Commands([("stop", {})]), lambda _replies: None)
+            self._stop()
+
+    def _stop(self) -> None:
+        self.gate.qemu.send(Commands([("stop", {})]), lambda _replies: None)
 
     def on_event(self, event: Message, now_ms: float) -> None:
         name, data = event["event"], event.get("data") or {}
         if name == "RESUME" and self._following:
             self.loads += 1
             self._load_ms = now_ms
-            self.gate.qemu.send(Commands([("stop", {})]), lambda _replies: None)
+            self._stop()
             if self.loads == 1:
                 self.gate.control.note("loaded", count=1)
         elif name == "RESUME" and self._held:
-            self.gate.qemu.send(Commands([("stop", {})]), lambda _replies: None)
-        elif name == "RESUME" and self._continued and "resume" not in self._timing:
+            self._stop()
+        elif name == "RESUME" and self._took and "resume" not in self._timing:
             self._timing["resume"] = now_ms
         elif name == "COLO_EXIT":
             if self._following and not self._exited and self._stream_is_open():
@@ -245,7 +248,7 @@ class Standby:
         """Resume the guest, and read back that it runs. Empty, or why it does not."""
         if self.gate.state.tcg:
             self._send(replies, *tcg.lead_command())
-        self._held, self._continued = False, True
+        self._held = False
         self._timing.pop("resume", None)  # (an earlier try's)
         # Not waited for: QEMU says RESUME before its main loop, perhaps still busy committing, comes to the last reply.
         self._send(replies, "cont")

@@ -171,7 +171,6 @@ class Qemu:
     def _died(self) -> None:
         self.world.note(self.host.name, "QEMU is gone")
         lost = not self.host.up
-        self._note_residue()
         for connection in (self.stream, self.nbd):
             if connection is not None:
                 connection.close(self, lost=lost)
@@ -181,12 +180,6 @@ class Qemu:
             if hasattr(chardev, "qemu_gone"):
                 chardev.qemu_gone()
         self.host.machine.qemu_ended(self)
-
-    def _note_residue(self) -> None:
-        """What remains, as `docs/correctness.md` says: the guest wrote to its disk, and the overlay that was committed into
-        it before is still there for some ms."""
-        if self._committed is not None and self.overlays and self.overlays[0] in self.host.files.held:
-            self.world.residue |= self.image().content != self._committed
 
     def image(self) -> Image:
         found = self.host.files.held.get(self.path)
@@ -221,7 +214,6 @@ class Qemu:
     _own_branch = False  # since the last load
     _leads = False
     stops = 0  # commands, whoever's
-    _committed: Moment | None = None  # what the disk showed when the overlays were in it
 
     def _stop_running(self) -> None:
         if self.runstate == "running":
@@ -704,7 +696,6 @@ class Qemu:
                     overlay.content = overlay.content if which == 0 else None
         if image.torn == "committing":
             image.torn = ""
-        self._committed = image.content
         self.failover = False
         self.world.moment("committed", self.host)
 

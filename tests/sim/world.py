@@ -149,7 +149,6 @@ class World:
         self.found: Violation | None = None
         self.trace: list[str] | None = [] if trace else None
         self.counts: dict[str, int] = {}
-        self.residue = False  # an overlay may be committed a second time (docs/correctness.md, "Open")
         self.slow_monitor_ms = self.slow_store_ms = self.double_calls = 0.0
         self.slow_commit = 1.0
         self.auto_protect = True
