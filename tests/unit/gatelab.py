@@ -241,6 +241,12 @@ class FakePeer:
     def last(self) -> Word:
         return self.heard[-1].word if self.heard else Word()
 
+    def next(self) -> Word:
+        """What the gate says from now on: the second keepalive to come, for the first may be on its way already."""
+        count = len(self.heard) + 2
+        until(lambda: len(self.heard) >= count, "no keepalive comes")
+        return self.last
+
     def close(self) -> None:
         self._stop.set()
         if self._thread.is_alive():

@@ -238,7 +238,7 @@ def test_an_error_of_the_primarys_own_disk_counts_while_it_is_muted_too(primary:
     assert agent.note("verdict")["act"] == "break"
     primary.qmp.event("QUORUM_REPORT_BAD", **{"node-name": "mcft-r-vda", "error": "Input/output error"})
     agent.ask("status")
-    assert primary.peer.last.qemu == "running"
+    assert primary.peer.next().qemu == "running"
     primary.qmp.event("QUORUM_REPORT_BAD", **{"node-name": "libvirt-1-storage", "error": "Input/output error"})
     until(lambda: primary.peer.last.qemu == "gone")
 
@@ -253,7 +253,7 @@ def test_a_primary_that_is_solo_leaves_its_disks_errors_to_the_guest(primary: Ga
     primary.qmp.event("QUORUM_REPORT_BAD", **{"node-name": "libvirt-1-storage", "error": "Input/output error"})
     agent.ask("status")
     until(lambda: primary.peer.last.record == "solo")
-    assert primary.peer.last.qemu == "running"
+    assert primary.peer.next().qemu == "running"
 
 
 def test_silent_standby_with_an_overdue_stream(primary: GateLab) -> None:
@@ -500,7 +500,7 @@ def test_silence_of_one_link_alone_is_no_claim() -> None:
         agent = lab.start()
         until(lambda: lab.peer.last.record == "armed")
         status = agent.status_when(lambda s: s["stream_age_ms"] > 3 * T)
-        assert status["verdict"] is None and status["alarm"] == "" and not lab.peer.last.claiming
+        assert status["verdict"] is None and status["alarm"] == "" and not lab.peer.next().claiming
         assert [row["age_ms"] is None for row in status["links"]] == [True, False]
 
 
@@ -512,7 +512,7 @@ def test_unarmed_standby_never_claims(standby: GateLab) -> None:
     standby.peer.word = Word("primary", 3, "protected", "gone", closed=True)
     standby.peer.talking = False
     agent.status_when(lambda s: (s["links"][0]["age_ms"] or 0) > 2 * T and s["stream_age_ms"] > 2 * T)
-    assert agent.ask("status")["verdict"] is None and not standby.peer.last.claiming
+    assert agent.ask("status")["verdict"] is None and not standby.peer.next().claiming
 
 
 def test_copy_with_a_disk_error_alarms_and_never_claims(standby: GateLab) -> None:
@@ -522,7 +522,7 @@ def test_copy_with_a_disk_error_alarms_and_never_claims(standby: GateLab) -> Non
     assert "not whole" in agent.note("alarm")["reason"]
     standby.peer.word = Word("primary", 3, "protected", "gone", closed=True)
     agent.status_when(lambda s: s["peer"]["qemu"] == "gone")
-    assert agent.ask("status")["verdict"] is None and not standby.peer.last.claiming
+    assert agent.ask("status")["verdict"] is None and not standby.peer.next().claiming
 
 
 def test_a_stream_that_ended_while_the_primary_lives_leaves_no_whole_copy(standby: GateLab) -> None:
