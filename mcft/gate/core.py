@@ -20,6 +20,7 @@ from mcft.monitor import Message
 ASK_OVERDUE_MS = 1000.0
 WATCHED = ("preparing", "arming", "armed", "protected")
 KEEPALIVES = 6  # in each T
+AFTER_MS = 0.01  # behind an instant at which a comparison still says no
 EARLY = 0.8  # of the time between two: from then on the primary's goes with the turn that reads the standby's
 
 
@@ -46,7 +47,7 @@ class Gate:
     def __init__(self, state: GateState, run_dir: str, make_side: Callable[[Gate], Side]) -> None:
         self.state = state
         self.state_path, control_path = paths(run_dir, state.uuid)
-        self.loop = Loop(lambda wanted, done: self.qemu.send(wanted, done))
+        self.loop = Loop(lambda wanted, done: self.qemu.send(wanted, done), self._loss_by_time_ms)
         self.control = Control(control_path, self.loop, self._request)
         self.qemu = OwnQemu(state, self.loop, self.control, self)
         self.control.on_agent = self.qemu.agent_changed
@@ -115,7 +116,7 @@ class Gate:
             except OSError:
                 continue
             self.links.append(link)
-            self.loop.watch(link.sock, selectors.EVENT_READ, self._receiver(link))
+            self.loop.watch(link.sock, selectors.EVENT_READ, lambda _events: None)  # (`_turn` has read it)
 
     def wait(self, condition: Callable[[], bool], timeout_ms: float) -> Until:
         """For tasks: wait for a condition, at most timeout_ms from now."""
@@ -200,9 +201,6 @@ class Gate:
         assert self.rdma is not None
         self._receive(self.rdma)
 
-    def _receiver(self, link: Link) -> Callable[[int], None]:
-        return lambda _events: self._receive(link)
-
     def _receive(self, link: Link | RdmaLink) -> None:
         datagrams = link.receive()
         if datagrams:
@@ -277,6 +275,15 @@ class Gate:
             rdma_silent_ms=self.silence.silent_ms(now_ms, self.rdma.name) if self.rdma and self.rdma.connections else None,
             rdma_error=hint,
         )
+
+    def _loss_by_time_ms(self) -> float:
+        """When silence, or a checkpoint that does not come, will next count for more: of that no socket wakes us."""
+        if self.verdict is not None or self.state.record not in WATCHED:
+            return float("inf")
+        now_ms = boottime_ms()
+        silent_ms, stream_ms = self.silence.silent_ms(now_ms), self.side.stream_age_ms(now_ms)
+        left_ms = (self.state.loss_ms - silent_ms, self.settings.overdue_ms - stream_ms)
+        return min((now_ms + left + AFTER_MS for left in left_ms if left + AFTER_MS > 0), default=float("inf"))
 
     def decide(self, now_ms: float) -> None:
         """Decide until the first verdict that ends the watching; that one stands until the agent acts."""

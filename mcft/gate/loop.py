@@ -15,6 +15,8 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any
 
+IDLE_MS = 1000.0
+
 
 def boottime_ms() -> float:
     """CLOCK_BOOTTIME in milliseconds: it goes on while the host sleeps, and never steps."""
@@ -46,6 +48,7 @@ class Loop:
     """`run` until `stop`; `after` for timers; `watch` for sockets; `spawn` for tasks."""
 
     send_commands: Callable[[Commands, Callable[[list[dict[str, Any]]], None]], None]
+    latest_ms: Callable[[], float] = lambda: float("inf")  # by when to turn, where neither timer nor socket will tell
     selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
     running: bool = True
     _timers: list[tuple[float, int, Callable[[], None]]] = field(default_factory=list)
@@ -95,13 +98,16 @@ class Loop:
                 return
             value = True
 
+    def timeout_ms(self) -> float:
+        """How long the next turn may wait for a socket."""
+        if self._waiting:
+            return 1.0
+        due_ms = min(self._timers[0][0] if self._timers else float("inf"), self.latest_ms())
+        return min(IDLE_MS, max(0.0, due_ms - boottime_ms()))
+
     def turn(self, on_turn: Callable[[float], None]) -> None:
         """Wait for the next thing, then let everything that is due happen."""
-        now = boottime_ms()
-        timeout_ms = min(50.0, max(0.0, self._timers[0][0] - now)) if self._timers else 50.0
-        if self._waiting:
-            timeout_ms = min(timeout_ms, 1.0)
-        ready = self.selector.select(timeout_ms / 1000)
+        ready = self.selector.select(self.timeout_ms() / 1000)
         on_turn(boottime_ms())
         for key, events in ready:
             key.data(events)

@@ -123,12 +123,7 @@ class GateProc(Proc):
         self._next()
 
     def _next(self) -> None:
-        loop, world = self.gate.loop, self.host.world
-        wait = 50.0
-        if loop._timers:
-            wait = min(wait, max(0.0, loop._timers[0][0] - self.host.boottime_ms()))
-        if loop._waiting:
-            wait = min(wait, 1.0)
+        world, wait = self.host.world, self.gate.loop.timeout_ms()
         at = world.now + wait + 0.01
         if at < self._timer_at - 0.005:
             self._timer_at = at
@@ -169,8 +164,8 @@ def waiting_for(host: Host, proc: Proc, fd: int) -> None:
     proc.on_death.append(ended)
 
 
-def make_loop(send: Any) -> Loop:
-    return Loop(send, selector=current().selector)  # type: ignore[arg-type]
+def make_loop(send: Any, latest_ms: Any) -> Loop:
+    return Loop(send, latest_ms, selector=current().selector)  # type: ignore[arg-type]
 
 
 # ---- keepalives ----

@@ -24,6 +24,7 @@ from gatelab import NIC, AgentEnd, FakeQmp, GateLab, T, arrived, protected, unti
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from msgspec import structs
 
 import mcft.gate.lan as lan_module
 import mcft.gate.standby as standby_module
@@ -975,6 +976,33 @@ def test_answers_that_waited_through_our_stall_do_not_count() -> None:
 
 
 # ---- the loop, and the gate's commands when the monitor is gone ----
+
+
+def test_a_turn_waits_no_longer_than_until_the_next_loss_by_time() -> None:
+    """Fails if a silence that has lasted T is noticed by the next keepalive only."""
+    now_ms, latest = boottime_ms(), [float("inf")]
+    loop = Loop(lambda _wanted, _done: None, lambda: latest[0])
+    assert loop.timeout_ms() == 1000.0
+    loop.after(500.0, lambda: None)
+    assert 400.0 < loop.timeout_ms() <= 500.0
+    latest[0] = now_ms + 300.0
+    assert loop.timeout_ms() <= 300.0
+    latest[0] = now_ms - 1.0
+    assert loop.timeout_ms() == 0.0
+
+
+def test_when_silence_and_a_missing_load_count_for_more(standby: GateLab) -> None:
+    state = structs.replace(standby.state, record="armed", links=[], delay_ms=100)
+    gate = Gate(state, str(standby.run_dir), Standby)
+    now_ms = boottime_ms()
+    assert now_ms < gate.loop.latest_ms() <= now_ms + T + 0.1, "T of silence comes before delay + T without a load"
+    gate.silence._floor_ms = now_ms - T - 1.0
+    assert now_ms + T < gate.loop.latest_ms() <= now_ms + state.delay_ms + T + 0.1
+    gate.side._load_ms = now_ms - state.delay_ms - T - 1.0  # type: ignore[attr-defined]
+    assert gate.loop.latest_ms() == float("inf"), "nothing more comes by time alone: no turn after turn for it"
+    state.record = "preparing"
+    gate.side._load_ms = now_ms  # type: ignore[attr-defined]
+    assert gate.loop.latest_ms() <= now_ms + state.delay_ms + T + 0.1
 
 
 def test_tasks_wait_for_replies_and_conditions() -> None:
