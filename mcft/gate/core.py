@@ -25,20 +25,49 @@ EARLY = 0.8  # of the time between two: from then on the primary's goes with the
 
 
 class Side(Protocol):
-    """What is different on the two sides. Times are CLOCK_BOOTTIME in ms."""
+    """What is different on the two sides. Times are CLOCK_BOOTTIME in ms; nothing here waits."""
 
-    def started(self) -> None: ...
-    def monitor_connected(self) -> None: ...
-    def on_event(self, event: Message, now_ms: float) -> None: ...
-    def on_heard(self, heard: Heard, now_ms: float) -> None: ...
-    def before_send(self, now_ms: float) -> None: ...
-    def obey(self, verdict: Verdict, now_ms: float) -> None: ...
-    def stream_age_ms(self, now_ms: float) -> float: ...
-    def stream_dead(self) -> str: ...
-    def counts(self) -> tuple[int, int]: ...
-    def closed(self) -> bool: ...
-    def handlers(self) -> dict[str, Callable[[dict[str, Any], Answer], None]]: ...
-    def status(self, now_ms: float) -> dict[str, Any]: ...
+    def started(self) -> None:
+        """This gate begins, perhaps where a dead one left off (`state.mode`); before any event."""
+
+    def monitor_connected(self) -> None:
+        """The monitor is there (again): events may have been missed since it was last."""
+
+    def on_event(self, event: Message, now_ms: float) -> None:
+        """One QMP event, in the order in which QEMU wrote it among its replies."""
+
+    def on_heard(self, heard: Heard, now_ms: float) -> None:
+        """One accepted keepalive of the other side's gate."""
+
+    def before_send(self, now_ms: float) -> None:
+        """A keepalive is about to leave: what it echoes is what the other side may rest on."""
+
+    def obey(self, verdict: Verdict, now_ms: float) -> None:
+        """The one verdict that ends the watching: do at once what can't wait for the agent."""
+
+    def stream_age_ms(self, now_ms: float) -> float:
+        """Since the last checkpoint that was acknowledged (primary) or loaded (standby)."""
+        ...
+
+    def stream_dead(self) -> str:
+        """How QEMU, or we, ended the stream; empty while it may go on."""
+        ...
+
+    def counts(self) -> tuple[int, int]:
+        """Checkpoints loaded and acknowledged on this stream."""
+        ...
+
+    def closed(self) -> bool:
+        """Whether nothing that the guest says leaves."""
+        ...
+
+    def handlers(self) -> dict[str, Callable[[dict[str, Any], Answer], None]]:
+        """This side's requests of the agent: word → what answers it, now or later. Each may raise Denied."""
+        ...
+
+    def status(self, now_ms: float) -> dict[str, Any]:
+        """This side's part of what `status` shows."""
+        ...
 
 
 class Gate:

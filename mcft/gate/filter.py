@@ -33,15 +33,32 @@ class BufferSide(Protocol):
     def stands(self) -> bool: ...  # it holds all that the guest says by itself, also while closed
     @property
     def kernel_lease(self) -> bool: ...  # nothing that was released leaves after the lease, whoever stands still meanwhile
-    def started(self) -> None: ...
-    def monitor_connected(self) -> None: ...
-    def attach(self, answer: Answer) -> None: ...
-    def detach(self, answer: Answer) -> None: ...
-    def hold(self) -> None: ...
-    def open(self) -> None: ...
-    def released(self) -> None: ...
-    def lease_until(self, at_ms: float) -> None: ...
-    def poll(self) -> None: ...
+    def started(self) -> None:
+        """Go on where a dead gate left off: hold or stay closed; what that one held is dropped, never sent."""
+
+    def monitor_connected(self) -> None:
+        """QEMU can be asked (again) for what this buffer needs of it."""
+
+    def attach(self, answer: Answer) -> None:
+        """Put it under every NIC, passing; all or none."""
+
+    def detach(self, answer: Answer) -> None:
+        """Let all go in order, then take it away."""
+
+    def hold(self) -> None:
+        """From now on every packet waits (`NetBuffer.hold`)."""
+
+    def open(self) -> None:
+        """Let all go, then pass (`NetBuffer.open`)."""
+
+    def released(self) -> None:
+        """An epoch was let go: see to what of it could not leave at once."""
+
+    def lease_until(self, at_ms: float) -> None:
+        """Nothing released leaves after this instant (CLOCK_BOOTTIME, ms); told before the release that rests on it."""
+
+    def poll(self) -> None:
+        """Count afresh what is held, for `status`."""
 
 
 class NoSide:

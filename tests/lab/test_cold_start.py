@@ -6,11 +6,7 @@ import subprocess
 
 import pytest
 from conftest import EVIDENCE
-from world import H1, H2, IMAGE, Host, lab, other, protect, until
-
-
-def redis(*words: str) -> str:
-    return lab("run", "cl", "--", "redis-cli", "-e", "-t", "3", "-h", "vm1", *words, check=False).stdout.strip()
+from world import H1, H2, IMAGE, Host, other, protect, redis, until
 
 
 def back(host: Host) -> None:
@@ -67,7 +63,7 @@ def test_the_standby_had_taken_over() -> None:
     protect(H1)
     H1.power_off()
     H2.await_took_over()
-    until(lambda: redis("set", "after-take-over", "yes") == "OK", 20, "redis writes")
+    until(lambda: redis("vm1", "set", "after-take-over", "yes") == "OK", 20, "redis writes")
     H2.power_off()
     back(H1)
     refused(H1)
@@ -77,7 +73,7 @@ def test_the_standby_had_taken_over() -> None:
     assert done.returncode == 0 and "vm1 runs on host2" in done.stdout, done
     assert H1.qemu_pid() is None
     H1.await_lost()
-    until(lambda: redis("get", "after-take-over") == "yes", 60, "redis has what was written after the take-over")
+    until(lambda: redis("vm1", "get", "after-take-over") == "yes", 60, "redis has what was written after the take-over")
     H1.mcft("maintenance", "off")
 
 

@@ -16,7 +16,7 @@ import snapshot
 from conftest import EVIDENCE, SEED
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from world import H1, H2, HOSTS, Host, lab, other, until
+from world import H1, H2, HOSTS, Host, other, redis, until
 
 HOME = {"vm1": H1, "vm2": H2}
 MOVING = ("preparing", "syncing", "resyncing", "muted", "taking-over")
@@ -91,10 +91,6 @@ ACTIONS: dict[str, Callable[[str, Host], object]] = {
     "kill -9 of the agent": kill_agent,
     "kill -9 of the standby's agent": lambda domain, host: kill_agent(domain, other(host)),
 }
-
-
-def redis(domain: str, *words: str) -> str:
-    return lab("run", "cl", "--", "redis-cli", "-e", "-t", "3", "-h", domain, *words, check=False).stdout.strip()
 
 
 def started(domain: str) -> bool:

@@ -7,12 +7,7 @@ from collections.abc import Iterator
 import pytest
 from conftest import EVIDENCE
 from watching import Load
-from world import H1, H2, SPARE, Host, configured, guest, lab, protect, until
-
-
-def redis(*words: str) -> str:
-    """One command to vm2's redis, from cl; its answer."""
-    return lab("run", "cl", "--", "redis-cli", "-e", "-t", "2", "-h", "vm2", *words, check=False).stdout.strip()
+from world import H1, H2, SPARE, Host, configured, guest, lab, protect, redis, until
 
 
 def flows(host: Host, domain: str) -> bool:
@@ -29,18 +24,18 @@ def test_each_the_others_standby_and_one_host_dies(vm2: None, load: Load) -> Non
     assert H2.mcft("protect", "vm2", "--to", "host1").returncode == 0
     H2.await_state("protected", domain="vm2")
     load.flowing()
-    assert redis("set", "before", "1") == "OK"
+    assert redis("vm2", "set", "before", "1") == "OK"
     ends = [H1.qemu_pid("vm1"), H1.qemu_pid("vm2"), H2.qemu_pid("vm1"), H2.qemu_pid("vm2")]
     assert all(ends) and H1.state() == H2.state("vm2") == "protected"
     H1.power_off()
     H2.await_took_over(timeout=20)
     load.goes_on()
     H2.await_state("muted", domain="vm2")
-    assert not flows(H2, "vm2") and not redis("set", "held", "1")
+    assert not flows(H2, "vm2") and not redis("vm2", "set", "held", "1")
     assert H2.mcft("solo", "vm2", check=False).returncode == 4
     H2.mcft("solo", "vm2", "--peer-is-off", "--yes")
     H2.await_state("solo", domain="vm2")
-    until(lambda: redis("get", "before") == "1", 20, "vm2's redis answers, with what it had acknowledged")
+    until(lambda: redis("vm2", "get", "before") == "1", 20, "vm2's redis answers, with what it had acknowledged")
     assert H2.qemu_pid("vm2") == ends[3] and guest("@vm2", "ping") == "pong"
     H2.await_took_over()
     load.finished()
@@ -71,12 +66,12 @@ def test_one_host_with_two_peers(third_host: None, load: Load) -> None:
         H1.await_state("protected", domain="vm2")
         assert {p["name"] for p in H1.api("/v1/peers")["peers"]} == {"host2", "host3"}
         load.flowing()
-        assert redis("set", "before", "1") == "OK"
+        assert redis("vm2", "set", "before", "1") == "OK"
         H1.power_off()
         H2.await_took_over()
         SPARE.await_took_over(domain="vm2")
         load.goes_on()
-        until(lambda: redis("get", "before") == "1", 20, "vm2's redis answers on h3, with what it had acknowledged")
+        until(lambda: redis("vm2", "get", "before") == "1", 20, "vm2's redis answers on h3, with what it had acknowledged")
         assert H2.qemu_pid("vm2") is None and SPARE.qemu_pid("vm1") is None
         load.finished()
     finally:

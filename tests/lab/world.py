@@ -273,9 +273,14 @@ def guest_answers() -> bool:
         return False
 
 
+def redis(domain: str, *words: str, wait_s: int = 3) -> str:
+    """One command to a domain's redis, from a client on the LAN; its answer, empty where there is none."""
+    return lab("run", "cl", "--", "redis-cli", "-e", "-t", str(wait_s), "-h", domain, *words, check=False).stdout.strip()
+
+
 def redis_answers() -> bool:
-    """vm1's, to a client on the LAN: some time after its guest does."""
-    return lab("run", "cl", "--", "redis-cli", "-e", "-t", "1", "-h", "vm1", "ping", check=False).stdout.strip() == "PONG"
+    """vm1's: some time after its guest does."""
+    return redis("vm1", "ping", wait_s=1) == "PONG"
 
 
 def redefined(xml: str, boot_s: float = 60) -> None:
