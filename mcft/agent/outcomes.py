@@ -48,16 +48,23 @@ class Outcomes(Setup):
             await self.save()
             await self._clean_up_dead()
             return
-        await self._leave()
+        held = self._has_gate()
+        if held:
+            await self._leave()
         await self.record(Kind.SPOKEN, self.ledger.owned)
-        await self.gate.insist("update", record="solo")
-        await self.gate.insist("open", because="solo")
+        if held:
+            await self.gate.insist("update", record="solo")
+            await self.gate.insist("open", because="solo")
         self.body.next_try_boottime_ms = boottime_ms()
         self.body.dismantling = True
         self.to_state(alone(reason), reason)
         await self.save()
         await self.free()
         await self.dismantle_all()
+
+    def _has_gate(self) -> bool:
+        """Not so where the write of arming(g) failed and was on the disk all the same: its set-up was undone, nothing is held."""
+        return os.path.exists(self.gate.state_path)
 
     async def _leave(self) -> None:
         """QEMU goes on alone: read back that it runs. Raises: Failed."""
@@ -110,8 +117,9 @@ class Outcomes(Setup):
             await self.free()
         elif self._half_solo():
             if not self.ledger.spoken:
-                await self.gate.adopt()
-                await self._leave()
+                if self._has_gate():
+                    await self.gate.adopt()
+                    await self._leave()
                 await self.record(Kind.SPOKEN, self.ledger.owned)
             self.body.dismantling = True
             self.to_state(alone(self.body.reason), self.body.reason)
@@ -122,7 +130,7 @@ class Outcomes(Setup):
     def _half_solo(self) -> bool:
         """Whether going solo was cut off, or its taking away failed."""
         settled = self.body.state in ("solo", "unprotected", "stopped", "failed")
-        return not settled or self.body.dismantling or os.path.exists(self.gate.state_path)
+        return not settled or self.body.dismantling or self._has_gate()
 
     # ---- lost, ended ----
 

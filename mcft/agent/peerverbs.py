@@ -162,7 +162,16 @@ class PeerVerbs:
         life = self.core.lives.get(about.uuid)
         if isinstance(life, Standby) and life.body.pid == about.pid and life.body.peer == peer:
             await life.give_up(about)
+        elif life is None:
+            await self._give_up_discarded(about)
         return await self._known(about)
+
+    async def _give_up_discarded(self, about: model.About) -> None:
+        """A copy that was discarded unarmed never takes over, and here says so for good, to a primary that has to hear it: one
+        whose write of arming(g) failed and was on its disk all the same."""
+        rows = await self.site.store.records(about.uuid, about.pid)
+        if rows and (rows[-1].g, rows[-1].side, rows[-1].kind) == (about.g, "standby", Kind.PREPARING.value):
+            await self.site.store.append(about.uuid, about.pid, about.g, "standby", [Kind.GIVEN_UP.value])
 
     async def _take(self, peer: str, body: bytes) -> msgspec.Struct:
         """The primary has resigned, its gate is closed and its guest stands."""

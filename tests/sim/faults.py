@@ -91,7 +91,14 @@ def _a_write_is_lost(rng: random.Random) -> list[Fault]:
     return [*faults, Fault(at + rng.uniform(60, 600), rng.choice(["kill QEMU", "power", "cut both links"]), 0, 3000.0)]
 
 
-STORIES = (_old_words, _arming_fails, _a_write_is_lost)
+def _arming_is_written_all_the_same(rng: random.Random) -> list[Fault]:
+    """The store says EIO while a protecting comes to arming(g): its set-up is undone, and the record may be on the disk."""
+    fails = rng.uniform(300, 1200)
+    faults = [Fault(0.0, "mcft unprotect", 0), Fault(100.0, "mcft protect", 0, 0.0, 3), Fault(fails, "records fail", 0, 1500.0)]
+    return [*faults, Fault(fails + 1500.0, rng.choice(["kill the agent", "cut both links", "power"]), rng.randrange(2), 2000.0)]
+
+
+STORIES = (_old_words, _arming_fails, _a_write_is_lost, _arming_is_written_all_the_same)
 
 
 def apply(world: World, fault: Fault) -> None:

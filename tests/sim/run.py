@@ -41,22 +41,10 @@ def one(seed: int, rounds: list[list[Fault]], *, trace: bool = False) -> tuple[W
             play.until_settled(world)
             world.note("world", f"round {number + 1} is over")
     except Violation as violation:
-        known = known_end(world, violation)
-        if known:
-            world.note("world", f"(known: {violation})")
-            world.counts[known] = 1
-        else:
-            found = violation
+        found = violation
     except Exception:
         found = Violation("an exception", traceback.format_exc(limit=-6))
     return world, found
-
-
-def known_end(world: World, violation: Violation) -> str:
-    """What is found, not mended, and counted by its name (docs/correctness.md, "Open"); empty for anything else."""
-    if world.oracle.not_asked and violation.kind == "liveness":
-        return "(known: a failed write of `arming` was on the disk all the same)"
-    return ""
 
 
 def shrink(seed: int, rounds: list[list[Fault]], kind: str, patience_s: float) -> list[list[Fault]]:

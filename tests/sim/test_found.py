@@ -257,3 +257,18 @@ def test_a_standby_that_gives_up_does_not_claim_any_more() -> None:
          Fault(1626.0, "virsh destroy", 0)],
         seeds=range(22, 23),
     )  # fmt: skip
+
+
+def test_an_arming_that_was_written_all_the_same_is_settled_by_a_discarded_copy() -> None:
+    """The store said EIO for arming(g), the set-up was undone; the record was on the disk. The standby had discarded its copy
+    and knew of nothing that it could give up; and going solo waited for a gate that the undo had ended. Muted, for ever.
+
+    Fails if `PeerVerbs._give_up` has no answer for an instance that is only in the records, or `go_solo` and `adopt_won` insist
+    on a gate that is not there.
+    """
+    for seed, fails_ms, then, host in ((21, 448.45, "power", 1), (31, 311.05, "kill the agent", 1), (51, 519.17, "power", 0)):
+        planned = [
+            Fault(0.0, "mcft unprotect", 0), Fault(100.0, "mcft protect", 0, 0.0, 3),
+            Fault(fails_ms, "records fail", 0, 1500.0), Fault(fails_ms + 1500.0, then, host, 2000.0),
+        ]  # fmt: skip
+        holds(planned, seeds=range(seed, seed + 1))
