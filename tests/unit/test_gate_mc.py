@@ -164,6 +164,7 @@ def test_a_power_off_whose_event_comes_late_is_no_death(primary: McLab) -> None:
     """That QEMU aborts behind its SHUTDOWN; libvirt's event may come after its end was seen."""
     agent = protected(primary)
     primary.kill_qemu()
+    agent.note("qemu-ended")
     primary.mc.event("SHUTDOWN")
     primary.mc.end.post("last-words")
     assert agent.status_when(lambda s: s["verdict"])["verdict"]["act"] == "ended"
