@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from arbiters import Bmc, Etcd
-from world import GATE, Host, link, now, other, pause
+from world import GATE, LIBVIRTD, Host, link, now, other, pause
 
 Act = Callable[[], None]
 
@@ -55,7 +55,7 @@ class Fault:
 
 def pids(host: Host, what: str) -> list[int]:
     """The machine's numbers of that process on that host; none if it is not there just now."""
-    units = {"gate": GATE, "agent": "mcft-agent", "libvirtd": "libvirtd"}
+    units = {"gate": GATE, "agent": "mcft-agent", "libvirtd": LIBVIRTD}
     if not host.on:
         return []
     try:
@@ -116,7 +116,7 @@ def _freezing(side: str, weight: int) -> Fault:
 
 def _restarting(side: str) -> Fault:
     return Fault(
-        f"libvirtd restarted, {side}", lambda s: s.side(side).run("systemctl", "restart", "libvirtd", check=False), asks=side,
+        f"libvirtd restarted, {side}", lambda s: s.side(side).run("systemctl", "restart", LIBVIRTD, check=False), asks=side,
     )  # fmt: skip
 
 

@@ -14,13 +14,13 @@ import sys
 from mcworld import definition, without_tls
 from rich.console import Console
 from rich.table import Table
-from world import GATE, H1, HOSTS, lab, now, pause, protect, redefined, up, wipe
+from world import GATE, H1, HOSTS, LIBVIRTD, lab, now, pause, protect, redefined, up, wipe
 
 from bench.figures import gate_status
 
 WATCH_S = 20.0
 DELAYS_MS = (100, 1000)
-UNITS = ("mcft-agent", "libvirtd", GATE)
+UNITS = ("mcft-agent", LIBVIRTD, GATE)
 
 
 def seconds(unit: str) -> float:

@@ -42,6 +42,7 @@ host_files() {
     echo 'LIBVIRTD_ARGS=' > "$r/etc/default/libvirtd" # Debian's --timeout 120 would end an idle libvirtd
     mcft_files "$n" "$r"
     host_units "$r"
+    [ -z "${MCFT_LAB_MODULAR:-}" ] || modular_files "$r"
 }
 
 # The checkout's part: configuration, hook, units. Any of them may not exist yet.

@@ -4,6 +4,7 @@ set -euo pipefail
 . "$(dirname "$0")/lib.sh"
 . "$LAB/pki.sh"
 . "$LAB/host.sh"
+. "$LAB/modular.sh"
 n=$1
 cd "$(hdir "$n")"
 r=$PWD/root

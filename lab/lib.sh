@@ -11,6 +11,8 @@ case $INSTANCE in *[!a-z0-9-]* | -?????????*) echo "lab: MCFT_LAB must be at mos
 STATE=/run/mcft-lab$INSTANCE # what exists only while the lab is up
 NS=mcft$INSTANCE-            # its namespaces' names begin with this
 HOSTS="h1 h2"                # these run systemd, libvirtd and the agent
+LIBVIRTD=${MCFT_LAB_MODULAR:+virtqemud} # libvirt's unit in them
+LIBVIRTD=${LIBVIRTD:-libvirtd}
 SPARE=h3                     # one more, which `up` leaves off: `lab power h3 on`
 PLAIN="cl arb sw"            # these run nothing but what `lab run` starts there
 ALL="$HOSTS $PLAIN"

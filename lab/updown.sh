@@ -49,12 +49,13 @@ lab_up() {
     tear_down # what a broken lab may have left
     build_shared
     [ -z "${MCFT_LAB_OLD:-}" ] || "$LAB/old" true
+    [ -z "${MCFT_LAB_MODULAR:-}" ] || (exec 8> "$CACHE/lock.build" && flock 8 && build_modular)
     say "network and hosts"
     mkdir -p "$STATE/links" "$CG"
     net_switch_up
     for h in $ALL; do net_host_up "$h"; host_disk_new "$h"; done
     for h in $ALL; do host_start "$h"; done
-    say "waiting for systemd and libvirtd"
+    say "waiting for systemd and $LIBVIRTD"
     for h in $HOSTS; do host_ready "$h"; done
     echo "$REPO" > "$STATE/up"
     say "up"
@@ -123,7 +124,7 @@ lab_status() {
         if pid=$(init_pid "$h"); then
             printf '%-4s up   pid %-7s %s %s' "$h" "$pid" "$(lan_ip "$h")" "$(rep_ip "$h")"
             if is_host "$h"; then
-                printf ' libvirtd=%s agent=%s domains=%s' $(lab_run "$h" -- systemctl is-active libvirtd mcft-agent || :) \
+                printf ' %s=%s agent=%s domains=%s' $LIBVIRTD $(lab_run "$h" -- systemctl is-active $LIBVIRTD mcft-agent || :) \
                     "$(lab_run "$h" -- virsh -q list --all 2>/dev/null | awk '{ d = d sep $2 ":" $3; sep = "," } END { print d ? d : "none" }')"
             fi
             echo

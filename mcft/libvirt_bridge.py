@@ -22,6 +22,7 @@ import libvirt
 import libvirt_qemu
 
 from mcft.errors import Failed, NotFound, Refused
+from mcft.libvirt_unit import daemon_unit
 from mcft.monitor import DISK_ERRORS
 
 log = logging.getLogger("mcft.libvirt")
@@ -118,13 +119,14 @@ class LibvirtHost:
         with self._lock:
             if self._conn is not None and self._conn.isAlive():
                 return self._conn
-            self._conn = libvirt.open(self.uri)
-            self._conn.setKeepAlive(KEEPALIVE_S, KEEPALIVES)
-            self._conn.domainEventRegisterAny(None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._lifecycle, None)
-            libvirt_qemu.qemuMonitorEventRegister(self._conn, None, DISK_EVENTS, self._disk_event, None, REGEX)
+            self._conn, conn = None, libvirt.open(self.uri)
+            conn.setKeepAlive(KEEPALIVE_S, KEEPALIVES)
+            conn.domainEventRegisterAny(None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._lifecycle, None)
+            libvirt_qemu.qemuMonitorEventRegister(conn, None, DISK_EVENTS, self._disk_event, None, REGEX)
             for uuid in self._watched:
-                self._watched[uuid] = self._register(self._conn, uuid)
-            return self._conn
+                self._watched[uuid] = self._register(conn, uuid)
+            self._conn = conn  # only one that hears its events
+            return conn
 
     def _register(self, conn: Any, uuid: str) -> int | None:
         try:
@@ -215,17 +217,19 @@ class LibvirtHost:
             raise Failed("libvirt", f"libvirt: {error}") from None
 
     def _try(self, work: Callable[[Any], T]) -> T:
+        conn = None
         try:
-            return work(self._connection())
+            conn = self._connection()
+            return work(conn)
         except libvirt.libvirtError as error:
             broken = ("INTERNAL_ERROR", "RPC", "SYSTEM_ERROR", "NO_CONNECT")
             if error.get_error_code() not in [getattr(libvirt, f"VIR_ERR_{name}") for name in broken]:
                 raise
+            if conn is not None and _reaches_daemon(conn):
+                raise
             with self._lock:
-                alive = self._conn is not None and self._conn.isAlive()
-                if alive:
-                    raise
-                self._conn = None
+                if self._conn is conn:
+                    self._conn = None
             return work(self._connection())
 
     # ---- domains ----
@@ -380,13 +384,21 @@ class LibvirtHost:
         return await self.call(lambda conn: {"libvirt": _version(conn.getLibVersion()), "qemu": _version(conn.getVersion())})
 
 
+def _reaches_daemon(conn: Any) -> bool:
+    """Not isAlive alone: behind virtproxyd a connection outlives the one to virtqemud, and fails for ever (seen with 11.3)."""
+    try:
+        return bool(conn.isAlive()) and conn.getLibVersion() > 0
+    except libvirt.libvirtError:
+        return False
+
+
 def _version(number: int) -> str:
     return f"{number // 1000000}.{number // 1000 % 1000}.{number % 1000}"
 
 
 def _timed_out(timeout_s: float) -> Failed:
     why = f"libvirt did not answer within {timeout_s:g} s"
-    return Failed("libvirt-timeout", why, "", "look at: systemctl status libvirtd")
+    return Failed("libvirt-timeout", why, "", f"look at: systemctl status {daemon_unit()}")
 
 
 def _no_files(conn: Any) -> str:
@@ -394,7 +406,7 @@ def _no_files(conn: Any) -> str:
     if not hasattr(libvirt_qemu, "qemuMonitorCommandWithFiles"):
         return "its Python binding is older than 8.2"
     daemon = int(conn.getLibVersion())
-    return f"libvirtd is {_version(daemon)}, and 8.2 is the first that does" if daemon < WITH_FILES else ""
+    return f"{daemon_unit()} is {_version(daemon)}, and 8.2 is the first that does" if daemon < WITH_FILES else ""
 
 
 def _text(answer: Any) -> str:

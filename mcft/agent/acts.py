@@ -16,6 +16,7 @@ from mcft.agent.site import AT_REST_WITHIN_S, Life
 from mcft.agent.standby import Standby
 from mcft.errors import Failed, McftError, Refused, TimedOut, Unreachable
 from mcft.generations import Kind
+from mcft.libvirt_unit import daemon_unit
 
 if TYPE_CHECKING:
     from mcft.agent.core import Core
@@ -61,7 +62,7 @@ class Acts:
             if not await life.at_rest(AT_REST_WITHIN_S):
                 raise TimedOut(
                     "undo-incomplete", f"undoing the protecting of {life.body.domain} goes on", life.body.reason,
-                    f"mcft status {life.body.domain}; look at libvirtd on {self.site.config.name}",
+                    f"mcft status {life.body.domain}; look at {daemon_unit()} on {self.site.config.name}",
                 )  # fmt: skip
             return "the protecting was cancelled and undone"
 

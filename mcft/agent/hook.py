@@ -1,7 +1,7 @@
 """The start marker and libvirt's hook: a stale instance can't start (`protocol.md`; the hook itself is `mcft/hook.sh`).
 
 A marker is a small file per domain uuid under the state directory, `banned` or `free`; the hook reads it without agent
-or database. A token under the run directory lets one attempt through. A hook that was added to a running libvirtd is
+or database. A token under the run directory lets one attempt through. A hook that was added to a running daemon is
 inert until that daemon restarts; the only proof that it lives is a start that it refuses.
 """
 
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from mcft.config import Config
 from mcft.errors import Failed, McftError, Refused
+from mcft.libvirt_unit import daemon_unit
 
 if TYPE_CHECKING:  # so that it can be tested without libvirt
     from mcft.libvirt_bridge import LibvirtHost
@@ -89,7 +90,7 @@ class HookProof:
         self._proven = ""
 
     def _identity(self) -> str:
-        """Changes with the hook's file and with libvirtd's process."""
+        """Changes with the hook's file and with the daemon's process."""
         parts = []
         for path in HOOK_PATHS:
             if os.path.exists(path):
@@ -110,7 +111,7 @@ class HookProof:
                 "no-hook",
                 f"libvirt's hook is not installed on {host_name}",
                 "without it a host that returns could start a second copy",
-                f"install mcft's hook.sh as {HOOK_PATHS[0]} and restart libvirtd",
+                f"install mcft's hook.sh as {HOOK_PATHS[0]} and restart {daemon_unit()}",
             )
         identity = self._identity()
         if identity and identity == self._proven:
@@ -128,8 +129,8 @@ class HookProof:
         raise Refused(
             "no-hook",
             f"libvirt's hook on {host_name} is inert",
-            "a hook that was added while libvirtd ran is not called until that daemon restarts",
-            f"on {host_name}: systemctl restart libvirtd (running guests are not touched)",
+            f"a hook that was added while {daemon_unit()} ran is not called until that daemon restarts",
+            f"on {host_name}: systemctl restart {daemon_unit()} (running guests are not touched)",
         )
 
     async def _probe(self, host_name: str, machine_xml: str) -> bool:

@@ -15,7 +15,7 @@ from subprocess import CompletedProcess
 import pytest
 import snapshot
 from watching import Observer
-from world import GATE, H1, H2, HOSTS, IMAGE, LAB, UUID, Host, configured, guest, protect, until
+from world import GATE, H1, H2, HOSTS, IMAGE, LAB, LIBVIRTD, UUID, Host, configured, guest, protect, until
 
 HOOK = "/etc/libvirt/hooks/qemu"
 QEMU = "/usr/bin/qemu-system-x86_64"
@@ -304,16 +304,16 @@ def test_no_hook(host: Host) -> None:
     """Fails if a host is trusted on which nothing stops a stale copy from starting; also with the file alone there."""
     host.sh(f"cp -p {HOOK} /root/mcft-hook")
     try:
-        host.sh(f"rm {HOOK} && systemctl restart libvirtd")
+        host.sh(f"rm {HOOK} && systemctl restart {LIBVIRTD}")
         with unchanged(H1, H2):
             refused(H1, 4, "hook", "not installed", host.name, command=("protect", "vm1", "--to", "host2"))
         # Added to a daemon that runs: libvirt does not call it before its next start.
         host.sh(f"cp -p /root/mcft-hook {HOOK}")
         with unchanged(H1, H2):
-            refused(H1, 4, "inert", host.name, "restart libvirtd", command=("protect", "vm1", "--to", "host2"))
+            refused(H1, 4, "inert", host.name, f"restart {LIBVIRTD}", command=("protect", "vm1", "--to", "host2"))
     finally:
-        host.sh(f"[ -e {HOOK} ] || cp -p /root/mcft-hook {HOOK}; rm -f /root/mcft-hook; systemctl restart libvirtd")
-        until(lambda: host.run("virsh", "list", check=False).returncode == 0, 20, f"{host}: libvirtd answers")
+        host.sh(f"[ -e {HOOK} ] || cp -p /root/mcft-hook {HOOK}; rm -f /root/mcft-hook; systemctl restart {LIBVIRTD}")
+        until(lambda: host.run("virsh", "list", check=False).returncode == 0, 20, f"{host}: {LIBVIRTD} answers")
     assert guest("ping") == "pong"
 
 

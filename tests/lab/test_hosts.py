@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from watching import Load, settled, verified
-from world import GATE, H1, H2, NOT_AGAIN, configured, guest, guest_answers, lab, now, other, pause, protect, until
+from world import GATE, H1, H2, LIBVIRTD, NOT_AGAIN, configured, guest, guest_answers, lab, now, other, pause, protect, until
 
 Measure = Callable[[str, float], float]
 # (Without its CPU, which libvirt 7.0 does not know.)
@@ -116,7 +116,7 @@ def test_overlays_of_a_cut_off_take_over_are_committed_offline(load: Load) -> No
     """
     protect(H1)
     load.flowing()
-    H2.sh("systemctl kill --kill-whom=main --signal=STOP libvirtd")  # the agent can't learn that QEMU has committed
+    H2.sh(f"systemctl kill --kill-whom=main --signal=STOP {LIBVIRTD}")  # the agent can't learn that QEMU has committed
     try:
         H1.kill_qemu()
         H2.await_took_over()
@@ -128,7 +128,7 @@ def test_overlays_of_a_cut_off_take_over_are_committed_offline(load: Load) -> No
         H2.sh("systemctl stop --no-block mcft-agent; systemctl kill --signal=KILL mcft-agent; systemctl stop mcft-agent")
         H2.kill_qemu()
     finally:  # or no later test could speak to this host
-        H2.sh("systemctl kill --signal=CONT libvirtd")
+        H2.sh(f"systemctl kill --signal=CONT {LIBVIRTD}")
 
     def defined() -> bool:
         H2.sh(DEFINE, check=False)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 from watching import Load
-from world import GATE, H1, H2, HOSTS, Host, now, pause, protect, until
+from world import GATE, H1, H2, HOSTS, LIBVIRTD, Host, now, pause, protect, until
 
 QUIET_S = 0.8  # an epoch at 100 ms and its pause, on a machine whose two cores emulate two guests
 WATCH_S = 2.0
@@ -145,14 +145,14 @@ def test_libvirtd(host: Host, how: str, load: Load, measure: Measure) -> None:
     protect(H1)
     before = generation()
     load.flowing()
-    old = host.main_pid("libvirtd")
+    old = host.main_pid(LIBVIRTD)
     at_s = now()
     if how == "kill":
-        host.kill_unit("libvirtd")
+        host.kill_unit(LIBVIRTD)
     else:
-        host.run("systemctl", "restart", "libvirtd")
-    back(host, "libvirtd", old)
-    until(lambda: "vm1" in host.sh("virsh -q list", check=False), 15, f"{host}: libvirtd knows vm1 again")
+        host.run("systemctl", "restart", LIBVIRTD)
+    back(host, LIBVIRTD, old)
+    until(lambda: "vm1" in host.sh("virsh -q list", check=False), 15, f"{host}: {LIBVIRTD} knows vm1 again")
     pause(WATCH_S)
     still_protected(before)
     side = "primary" if host is H1 else "standby"
@@ -169,7 +169,7 @@ def test_failure_without_libvirtd(host: Host, load: Load) -> None:
     """
     protect(H1)
     load.flowing()
-    host.kill_unit("libvirtd")
+    host.kill_unit(LIBVIRTD)
     H1.kill_qemu()
     H2.await_took_over(timeout=20)
     load.goes_on()

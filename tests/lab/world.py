@@ -31,6 +31,7 @@ UUID = "11111111-2222-3333-4444-555555555555"
 GATE = f"mcft-gate@{UUID}"
 IMAGE = "/var/lib/libvirt/images/vm1.img"
 CONFIG = "/etc/mcft/mcft.toml"
+LIBVIRTD = "virtqemud" if os.environ.get("MCFT_LAB_MODULAR") else "libvirtd"  # the hosts' unit
 SLOW = int(os.environ.get("MCFT_LAB_SLOW", "1"))  # how many times longer everything may take (lab/uml's one CPU)
 POLL_S = 0.03 * SLOW
 AGAIN = ("preparing", "syncing", "protected")
@@ -384,7 +385,8 @@ def _host_on(host: Host) -> None:
         if [ -d mcft-agent.service.d ] || [ -d mcft-gate@.service.d ]; then
           rm -rf mcft-agent.service.d mcft-gate@.service.d; systemctl daemon-reload; systemctl stop mcft-agent
         fi
-        systemctl reset-failed; systemctl start libvirtd mcft-agent"""
+        systemctl reset-failed; systemctl start mcft-agent """
+        + LIBVIRTD
     )
     until(host.answers, 20, f"{host}: the agent answers")
 
