@@ -12,6 +12,7 @@ from typing import Any
 from mcft.agent.process import run
 from mcft.errors import Failed
 from mcft.gate import state as gate_state
+from mcft.gate.control import NO_ANSWER
 
 QUIT_S = 2.0
 Notes = Callable[[str, dict[str, Any]], None]
@@ -110,10 +111,9 @@ class GateLink:
             raise Failed("gate", f"the gate did not answer '{do}' within {timeout_s:g} s") from None
 
     def tell(self, do: str, **fields: Any) -> None:
-        """A request whose answer nobody waits for; a gate that is not there is not told."""
+        """A request that is not answered; a gate that is not there is not told."""
         if self._writer is not None:
-            self._serial += 1
-            self._writer.write(json.dumps({"id": self._serial, "do": do, **fields}).encode() + b"\n")
+            self._writer.write(json.dumps({"id": NO_ANSWER, "do": do, **fields}).encode() + b"\n")
 
     async def insist(self, do: str, timeout_s: float = 10.0, **fields: Any) -> Any:
         """`ask`, again and again while the gate is away: systemd restarts it.

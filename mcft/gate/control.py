@@ -1,7 +1,8 @@
 """The gate's side of its talk with the agent: JSON lines on a unix socket, requests with ids, notes without.
 
 Request `{"id": 1, "do": "hold", …}` → `{"id": 1, "ok": …}` or `{"id": 1, "error": "…"}`; notes `{"note": "verdict", …}` go to
-every agent that is connected. An agent that died leaves nothing behind; the next one connects and asks `status`.
+every agent that is connected. Id 0: nobody waits, so nothing is answered. An agent that died leaves nothing behind; the next one
+connects and asks `status`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 from mcft.faults import die_at
 from mcft.gate.loop import Loop
 
+NO_ANSWER = 0  # the id of such a request
 Answer = Callable[[Any], None]
 Handler = Callable[[str, dict[str, Any], Answer], None]
 
@@ -79,7 +81,7 @@ class Control:
         if not events & selectors.EVENT_READ:
             return
         try:
-            data = client.sock.recv(1 << 18)
+            data = client.sock.recv(1 << 16)
         except BlockingIOError:
             return
         except OSError:
@@ -103,6 +105,8 @@ class Control:
 
         def answer(result: Any) -> None:
             die_at(f"after {point}")
+            if ident == NO_ANSWER:
+                return
             body = {"id": ident, "error": str(result)} if isinstance(result, Exception) else {"id": ident, "ok": result}
             self._send(client, body)
 
