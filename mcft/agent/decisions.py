@@ -180,6 +180,9 @@ class Deciding(Outcomes):
             await self.record(Kind.DIED, detail=reason)
             await self.gate.insist("kill")
             await self._until_dead()
+            if await self.libvirts_word.destroyed():  # (for a QEMU that hangs `virsh destroy` takes 10 s too)
+                await self._ended("the guest was destroyed while its QEMU hung")
+                return
         elif act == "ended":
             if await self._was_intended(verdict.get("shutdown", "")):
                 await self._ended("the guest was shut down")

@@ -12,12 +12,14 @@ from mcft.agent import model, protection
 from mcft.agent.copy import Copy
 from mcft.agent.core import Core
 from mcft.agent.decisions import Deciding
-from mcft.agent.ends import LibvirtsWord
+from mcft.agent.ends import DESTROYED, LibvirtsWord
 from mcft.agent.outcomes import alone
 from mcft.agent.protection import Primary
 from mcft.errors import Failed
 from mcft.failover import BUFFER_BROKEN
 from mcft.generations import Kind, Ledger, Side
+
+FAILED = 5  # VIR_DOMAIN_EVENT_STOPPED_FAILED
 
 
 class Decided(Deciding):
@@ -60,6 +62,7 @@ class Dying(Decided):
     def __init__(self, looks: int) -> None:
         super().__init__()
         self.looks, self.asked = looks, []
+        self.libvirts_word = LibvirtsWord()
         self.gate: Any = SimpleNamespace(insist=self._insist)
 
     asked: list[str]
@@ -74,6 +77,9 @@ class Dying(Decided):
         self.looks -= 1
         return self.looks > 0
 
+    async def _ended(self, why: str) -> None:
+        self.asked.append(f"ended: {why}")
+
     async def _resolve(self, reason: str) -> None:
         self.asked.append(f"asks the standby, {'alive' if self.looks > 0 else 'dead'}")
 
@@ -84,8 +90,20 @@ def test_a_primary_that_killed_its_hung_qemu_waits_for_its_death_before_it_asks_
     Fails if `Deciding._after` does not wait for `_until_dead`.
     """
     life = Dying(4)
+    life.libvirts_word.heard("stopped", FAILED)
     asyncio.run(life._after({"act": "hung", "reason": "no answer of QEMU's monitor"}))
     assert life.asked == ["died", "kill", "asks the standby, dead"]
+
+
+def test_a_guest_that_was_destroyed_while_its_qemu_hung_is_not_raised() -> None:
+    """Seen once, by engine mc's stand-in: `virsh destroy` waits 10 s for a QEMU that does not obey SIGTERM, as long as the gate.
+
+    Fails if libvirt's word is not asked for after the kill.
+    """
+    life = Dying(4)
+    life.libvirts_word.heard("stopped", DESTROYED)
+    asyncio.run(life._after({"act": "hung", "reason": "no answer of QEMU's monitor"}))
+    assert life.asked == ["died", "kill", "ended: the guest was destroyed while its QEMU hung"]
 
 
 class Resolving(Deciding):
