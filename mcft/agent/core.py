@@ -93,15 +93,25 @@ class Core:
             await self.still_wanted(life)
 
     async def still_wanted(self, life: Standby) -> None:
-        """An unarmed copy whose primary no longer knows this instance, or went on without it, is discarded."""
-        while self.lives.get(life.body.uuid) is life and life.ledger.newest is Kind.PREPARING:
+        """An unarmed copy whose primary no longer knows this instance, or went on without it, is discarded.
+
+        One that was armed and can't take over any more goes once its primary's records say that it went on: that one may have
+        ended the protection since, while this side was away, and has nothing left to tell or to ask.
+        """
+        while self.lives.get(life.body.uuid) is life and life.ledger.newest in (Kind.PREPARING, Kind.ARMED, Kind.NOT_WHOLE):
+            unarmed = life.ledger.newest is Kind.PREPARING
             try:
-                known = await self.site.ask(life.body.peer, "state", self.about(life), model.Records, 3.0)
-                over = model.peer_ledger(known).newest in (Kind.SOLO, Kind.ENDED)
-                if known.pid != life.body.pid or known.state in ("", "unprotected") or over:
-                    await life.discard()
-                    self.gone(life)
-                    return
+                if unarmed or life.body.state == "failed":
+                    known = await self.site.ask(life.body.peer, "state", self.about(life), model.Records, 3.0)
+                    theirs = model.peer_ledger(known)
+                    over = theirs.newest in (Kind.SOLO, Kind.ENDED)
+                    if unarmed and (known.pid != life.body.pid or known.state in ("", "unprotected") or over):
+                        await life.discard()
+                        self.gone(life)
+                        return
+                    if not unarmed and known.pid == life.body.pid and over and theirs.spoken:
+                        await life.left_behind()
+                        return
             except McftError as error:
                 log.info("asking %s about %s: %s", life.body.peer, life.body.domain, error)
             await asyncio.sleep(1.0)

@@ -267,6 +267,12 @@ class Standby(Copy):
             await asyncio.sleep(0.2)
         await self._clean_up()
 
+    async def left_behind(self) -> None:
+        """The primary's records say that it went on, and spoke: what this side knows of it is too old to say anything else."""
+        async with self._letting_go:
+            if self.ledger.newest in (Kind.ARMED, Kind.NOT_WHOLE):
+                await self._lost(f"{self.body.peer} has gone on, and spoken")
+
     def _about(self) -> model.About:
         return model.About(self.body.uuid, self.body.pid, self.body.g, self.body.domain)
 

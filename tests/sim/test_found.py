@@ -272,3 +272,17 @@ def test_an_arming_that_was_written_all_the_same_is_settled_by_a_discarded_copy(
             Fault(fails_ms, "records fail", 0, 1500.0), Fault(fails_ms + 1500.0, then, host, 2000.0),
         ]  # fmt: skip
         holds(planned, seeds=range(seed, seed + 1))
+
+
+def test_a_copy_that_can_not_take_over_goes_once_its_primary_went_on() -> None:
+    """The standby's store failed and its gate stood still while `unprotect` won at etcd, ended the protection and took its key
+    away. Nobody told the standby: its copy was not whole, the key was missing, and it refused every later `protect`.
+
+    Fails if `Core.still_wanted` asks for unarmed copies alone.
+    """
+    planned = [
+        Fault(940.02, "records fail", 1, 12.38, 1), Fault(940.16, "mcft unprotect", 0, 708.39),
+        Fault(994.36, "stop the gate", 1, 8000.0, 3),
+    ]  # fmt: skip
+    for seed in (1, 28, 190234):
+        holds(planned, seeds=range(seed, seed + 1))
