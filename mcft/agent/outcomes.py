@@ -139,16 +139,22 @@ class Outcomes(Setup):
         self.arbiter.forget_resolved()
         await self.record(Kind.LOST)
         self.to_state("lost", f"{self.body.peer} took over")
+        if await self._peer_speaks(known):
+            await self._give_way()
+        else:
+            await self.go_solo(f"{self.body.peer} could not run its copy and gave its win back")
+
+    async def _peer_speaks(self, known: model.Records | None) -> bool:
+        """What follows taken(g) on the other side, waited for: True once its guest is heard, False if its win was given back."""
         while known is None or not peer_ledger(known).spoken:
             if known is not None and peer_ledger(known).resigned_win:
-                await self.go_solo(f"{self.body.peer} could not run its copy and gave its win back")
-                return
+                return False
             await asyncio.sleep(0.05)
             try:
                 known = await self.site.ask(self.body.peer, "state", self.about(), model.Records, 2.0)
             except McftError as error:
                 log.info("waiting until %s has spoken: %s", self.body.peer, error)
-        await self._give_way()
+        return True
 
     async def _give_way(self) -> None:
         """End what is left of the guest here; its definition goes too (kept in the state directory), the ban stays."""
@@ -178,8 +184,11 @@ class Outcomes(Setup):
                 answer = await self.site.ask(self.body.peer, "ended", self.about(why), model.Answer, 10.0)
                 if answer.kind == Kind.TAKEN.value:
                     self.to_state("lost", f"{self.body.peer} took over before it heard that the guest was shut down")
-                    await self._give_way()
-                    return
+                    if await self._peer_speaks(None):
+                        await self._give_way()
+                        return
+                    self.to_state("stopped", why)
+                    break
                 if answer.kind in (Kind.ENDED.value, Kind.GIVEN_UP.value, Kind.LOST.value, ""):
                     break
             except McftError as error:

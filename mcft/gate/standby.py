@@ -228,6 +228,9 @@ class Standby:
         if self.gate.disk_error:
             answer(Denied(f"this copy is not whole: {self.gate.disk_error}"))
             return
+        if self.gate.qemu.condition != "running":  # it is going: what it still loads has no end to wait for
+            answer(Denied("the copy does not run: QEMU is gone"))
+            return
         self._following, self._took, self._held = self._following and not ended, True, True
         replies: list[Message] = []
         for command in ("nbd-server-stop", "stop", "x-colo-lost-heartbeat"):

@@ -286,3 +286,28 @@ def test_a_copy_that_can_not_take_over_goes_once_its_primary_went_on() -> None:
     ]  # fmt: skip
     for seed in (1, 28, 190234):
         holds(planned, seeds=range(seed, seed + 1))
+
+
+def test_a_guest_that_was_shut_down_and_taken_over_all_the_same_can_be_started() -> None:
+    """Both links were cut as it was destroyed, so the standby took over; its copy was destroyed before it ran, and the win was
+    given back. The old primary called itself `lost` for good: nobody could start the guest.
+
+    Fails if `_ended` gives way before the other side has spoken.
+    """
+    destroyed = [
+        Fault(71.34, "cut a link", 1, 328.39), Fault(83.98, "virsh destroy", 0, 8000.0, 1),
+        Fault(86.51, "cut a link", 0, 996.67, 1), Fault(388.85, "virsh destroy", 1, 8000.0, 2),
+    ]  # fmt: skip
+    for seed in (6, 18, 25):
+        holds(destroyed, seeds=range(seed, seed + 1))
+
+
+def test_a_copy_that_libvirt_started_though_it_went_away_is_ended() -> None:
+    """libvirtd went away as it started the copy, so that failed, and its undo too; nobody tried again, and every later `protect`
+    was refused: "runs there".
+
+    Fails if `PeerVerbs._prepare_once` forgets a copy whose undo is not complete.
+    """
+    for at_ms in range(80, 99):
+        for seed in (7, 21):
+            holds([Fault(float(at_ms), "libvirtd away", 1, 385.0)], seeds=range(seed, seed + 1))

@@ -732,6 +732,21 @@ def test_a_stream_that_ended_inside_a_checkpoint_while_the_gate_was_dead_leaves_
     assert not standby.qmp.sent("cont") and agent.ask("status")["disk_error"]
 
 
+def test_a_copy_that_is_going_is_left_alone(standby: GateLab) -> None:
+    """SIGTERM has come (`virsh destroy`), and it may still be loading: no COLO_EXIT will tell that load's end.
+
+    Fails if a take-over ends replication in it.
+    """
+    standby.qmp.says_exit = False
+    agent = standby.start()
+    agent.ask("claim")
+    agent.ask("update", record="taken")
+    standby.qmp.event("SHUTDOWN", "shutdown", guest=False, reason="host-signal")
+    with pytest.raises(RuntimeError, match="QEMU is gone"):
+        agent.ask("take", peer_closed=True)
+    assert not standby.qmp.sent("x-colo-lost-heartbeat")
+
+
 def test_restarted_standby_waits_t_after_its_start(standby: GateLab) -> None:
     """It does not know what its dead predecessor echoed last, and has heard nobody since."""
     standby.qmp.status = "colo"
