@@ -99,22 +99,29 @@ class Core:
         ended the protection since, while this side was away, and has nothing left to tell or to ask.
         """
         while self.lives.get(life.body.uuid) is life and life.ledger.newest in (Kind.PREPARING, Kind.ARMED, Kind.NOT_WHOLE):
-            unarmed = life.ledger.newest is Kind.PREPARING
             try:
-                if unarmed or life.body.state == "failed":
-                    known = await self.site.ask(life.body.peer, "state", self.about(life), model.Records, 3.0)
-                    theirs = model.peer_ledger(known)
-                    over = theirs.newest in (Kind.SOLO, Kind.ENDED)
-                    if unarmed and (known.pid != life.body.pid or known.state in ("", "unprotected") or over):
-                        await life.discard()
-                        self.gone(life)
-                        return
-                    if not unarmed and known.pid == life.body.pid and over and theirs.spoken:
-                        await life.left_behind()
-                        return
+                if await self._left_behind(life):
+                    return
             except McftError as error:
                 log.info("asking %s about %s: %s", life.body.peer, life.body.domain, error)
             await asyncio.sleep(1.0)
+
+    async def _left_behind(self, life: Standby) -> bool:
+        """Whether its primary has no use for this copy any more, by that one's records; then it is gone, or lost."""
+        unarmed = life.ledger.newest is Kind.PREPARING
+        if not unarmed and life.body.state != "failed":
+            return False
+        known = await self.site.ask(life.body.peer, "state", self.about(life), model.Records, 3.0)
+        theirs, same = model.peer_ledger(known), known.pid == life.body.pid
+        over = theirs.newest in (Kind.SOLO, Kind.ENDED)
+        if unarmed and (not same or known.state in ("", "unprotected") or over):
+            await life.discard()
+            self.gone(life)
+            return True
+        if not unarmed and same and over and theirs.spoken:
+            await life.left_behind()
+            return True
+        return False
 
     def about(self, life: Life) -> model.About:
         return model.About(life.body.uuid, life.body.pid, life.body.g, life.body.domain)

@@ -139,8 +139,8 @@ class PeerVerbs:
             self.site.spawn(self.core.still_wanted(fresh), f"is {request.domain} still wanted")
             return prepared
         except Remains:
-            await fresh.save()  # (an agent that is restarted meanwhile goes on with it: `Copy.cut_off`)
             self.site.spawn(self._undo_until_done(fresh, life), f"undo the copy of {request.domain}")
+            await fresh.save()  # (an agent that is restarted meanwhile goes on with it: `Copy.cut_off`)
             raise
         except BaseException:
             await self._put_back(fresh, life)
