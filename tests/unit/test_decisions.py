@@ -175,6 +175,38 @@ def test_a_guest_that_shut_itself_down_while_its_gate_was_gone_is_not_raised(tmp
     assert life.asked == ["ended: the guest was shut down"]
 
 
+def asking_core(life: Any, ask: Any) -> Any:
+    """A core of one protection, whose peer answers by `ask`."""
+    core: Any = Core.__new__(Core)
+    core.lives, core.site = {"u": life}, SimpleNamespace(ask=ask)
+    return core
+
+
+@pytest.mark.parametrize(("spoken", "state", "goes"), [
+    (True, "failed", True), (False, "failed", False), (True, "protected", False)
+])  # fmt: skip
+def test_an_armed_copy_goes_only_if_it_can_not_take_over_and_its_primary_has_spoken(spoken: bool, state: str, goes: bool) -> None:
+    """Fails if a copy that could still take over is given away, or by less than the primary's own solo(g) and spoken(g+1)."""
+
+    async def main() -> bool:
+        gone: list[str] = []
+
+        async def ask(*_: Any) -> model.Records:
+            rows: list[tuple[Side, int, str]] = [("primary", 3, kind) for kind in ("preparing", "arming", "protected", "solo")]
+            return model.Records("host1", "u", 0, "p", 3, "primary", "unprotected", rows + [("primary", 4, "spoken")] * spoken)
+
+        async def left_behind() -> None:
+            gone.append("lost")
+
+        body = SimpleNamespace(uuid="u", pid="p", g=3, domain="vm1", peer="host1", state=state)
+        life: Any = SimpleNamespace(body=body, ledger=Ledger("p", "standby", 3), left_behind=left_behind)
+        life.ledger.append(Kind.PREPARING)
+        life.ledger.append(Kind.ARMED)
+        return await asking_core(life, ask)._left_behind(life) and gone == ["lost"]
+
+    assert asyncio.run(main()) is goes
+
+
 @pytest.mark.parametrize(("kinds", "discarded"), [
     ((Kind.PREPARING, Kind.ARMING), False), ((Kind.PREPARING, Kind.ARMING, Kind.SOLO), True), ((Kind.PREPARING, Kind.ENDED), True)
 ])  # fmt: skip
@@ -192,7 +224,7 @@ def test_an_unarmed_copy_whose_primary_went_on_without_it_is_discarded(kinds: tu
 
         async def ask(*_: Any) -> model.Records:
             if len(done) == 2:
-                life.ledger.append(Kind.ARMED)  # the end of this test's patience
+                core.lives.clear()  # the end of this test's patience
             done.append("asked")
             rows: list[tuple[Side, int, str]] = [("primary", 3, kind.value) for kind in kinds]
             return model.Records("host1", "u", 3, "p", 3, "primary", "solo", rows)
@@ -200,9 +232,9 @@ def test_an_unarmed_copy_whose_primary_went_on_without_it_is_discarded(kinds: tu
         body = SimpleNamespace(uuid="u", pid="p", g=3, domain="vm1", peer="host1")
         life: Any = SimpleNamespace(body=body, ledger=Ledger("p", "standby", 3), discard=discard)
         life.ledger.append(Kind.PREPARING)
-        core: Any = SimpleNamespace(lives={"u": life}, site=SimpleNamespace(ask=ask), about=lambda _life: None)
+        core: Any = asking_core(life, ask)
         core.gone = lambda _life: done.append("gone")
-        await Core.still_wanted(core, life)
+        await core.still_wanted(life)
         return done
 
     assert asyncio.run(main()) == (["asked", "discarded", "gone"] if discarded else ["asked"] * 3)
