@@ -29,14 +29,15 @@ machine_packages() {
 mirror() {
     cat /etc/apt/sources.list.d/*.sources 2>/dev/null | awk -v suite="$1" '
         BEGIN { RS = ""; FS = "\n" }
+        found { next } # (read to the end: cat would die of a closed pipe, and `pipefail` count it)
         { uri = suites = comps = ""
           for (i = 1; i <= NF; i++) {
             if ($i ~ /^URIs:/) { split($i, a, /[ \t]+/); uri = a[2] }
             if ($i ~ /^Suites:/) suites = $i " "
             if ($i ~ /^Components:/) comps = $i " " }
-          if (suites ~ (" " suite " ") && comps ~ / main /) { print uri; exit } }' | grep . && return
+          if (suites ~ (" " suite " ") && comps ~ / main /) { print uri; found = 1 } }' | grep . && return
     cat /etc/apt/sources.list /etc/apt/sources.list.d/*.list 2>/dev/null |
-        sed -E 's/\[[^]]*\]//' | awk -v suite="$1" '$1 == "deb" && $3 ~ ("^" suite "$") && / main/ { print $2; exit }' | grep .
+        sed -E 's/\[[^]]*\]//' | awk -v suite="$1" '!found && $1 == "deb" && $3 ~ ("^" suite "$") && / main/ { print $2; found = 1 }' | grep .
 }
 
 apt_sources() {
