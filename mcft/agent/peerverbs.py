@@ -6,7 +6,6 @@ A verb may come twice, as peers ask on several links at once: what builds or loo
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
@@ -14,13 +13,12 @@ import msgspec
 
 from mcft.agent import checkpeer, coldstart, domainxml, maintenance, model, standby
 from mcft.agent.jobs import JobHandle
-from mcft.agent.protection import UNDO_AGAIN_S, Primary
+from mcft.agent.protection import Primary
 from mcft.agent.site import Life
 from mcft.agent.standby import Standby
-from mcft.errors import McftError, NotFound, Refused, Remains, Usage
+from mcft.errors import NotFound, Refused, Remains, Usage
 from mcft.generations import Kind, Ledger
 
-log = logging.getLogger(__name__)
 AT_REST_WITHIN_S = 10.0  # less than a primary waits for its answer
 
 if TYPE_CHECKING:
@@ -139,22 +137,16 @@ class PeerVerbs:
             self.site.spawn(self.core.still_wanted(fresh), f"is {request.domain} still wanted")
             return prepared
         except Remains:
-            self.site.spawn(self._undo_until_done(fresh, life), f"undo the copy of {request.domain}")
+            # (libvirt was away, say, and has started the copy all the same.)
+            fresh.repeat_undo(lambda: self._undo(fresh, life), f"undo the copy of {request.domain}")
             await fresh.save()  # (an agent that is restarted meanwhile goes on with it: `Copy.cut_off`)
             raise
         except BaseException:
             await self._put_back(fresh, life)
             raise
 
-    async def _undo_until_done(self, fresh: Standby, before: Life | None) -> None:
-        """libvirt was away, say, and has started the copy all the same: it goes as soon as it can be reached."""
-        while True:
-            await asyncio.sleep(UNDO_AGAIN_S)
-            try:
-                await fresh.discard()
-                break
-            except McftError as error:
-                log.info("undoing the copy of %s again: %s", fresh.body.domain, error)
+    async def _undo(self, fresh: Standby, before: Life | None) -> None:
+        await fresh.discard()
         await self._put_back(fresh, before)
 
     async def _put_back(self, fresh: Standby, before: Life | None) -> None:

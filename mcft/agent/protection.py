@@ -20,7 +20,6 @@ from mcft.engines.mc import Mc
 from mcft.errors import Failed, McftError, NotFound, Refused, Unreachable
 from mcft.generations import UNDECIDED, Kind
 
-UNDO_AGAIN_S = 1.0
 SET_WITHIN_S = 5.0
 
 
@@ -233,17 +232,7 @@ class Primary(Deciding):
         """A protecting failed before arming, and part of its undo too (libvirtd was away, say): the guest may stand meanwhile.
         So it is undone again, each second, until nothing remains."""
         self.to_state("failed", f"the protecting failed, and undoing it goes on: {remains}")
-
-        async def until_done() -> None:
-            while True:
-                await asyncio.sleep(UNDO_AGAIN_S)
-                try:
-                    await self._undo_set_up()
-                    return
-                except Exception as error:
-                    log.warning("%s: undoing again failed: %s", self.body.domain, error)
-
-        self.deciding = self.site.spawn(until_done(), f"undo the protecting of {self.body.domain}")
+        self.repeat_undo(self._undo_set_up, f"undo the protecting of {self.body.domain}")
 
     async def _undo_set_up(self) -> None:
         await self.site.runner.undo_all(self.steps(), self)

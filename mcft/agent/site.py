@@ -42,6 +42,7 @@ log = logging.getLogger("mcft.agent")
 T = TypeVar("T")
 COMMIT_DEADLINE_S = 600.0
 AT_REST_WITHIN_S = 10.0  # how long what takes the place of an instance waits for its last decision
+UNDO_AGAIN_S = 1.0
 
 
 @dataclass
@@ -234,6 +235,21 @@ class Life:
                     self.event("alarm", f"{name}: {error}; going on from the records", "alarm")
                     await asyncio.sleep(1.0)
                     step = self.go_on
+
+        self.deciding = self.site.spawn(until_done(), name)
+
+    def repeat_undo(self, undo: Callable[[], Coroutine[Any, Any, None]], name: str) -> None:
+        """What of an undo failed (libvirtd was away, say) is undone again, each second, until nothing remains. Until then this
+        instance is not at rest."""
+
+        async def until_done() -> None:
+            while True:
+                await asyncio.sleep(UNDO_AGAIN_S)
+                try:
+                    await undo()
+                    return
+                except Exception as error:
+                    log.warning("%s: undoing again failed: %s", self.body.domain, error)
 
         self.deciding = self.site.spawn(until_done(), name)
 
