@@ -44,11 +44,14 @@ def load(vm1: None) -> Iterator[Load]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
-    """A failed test shows what the agents and gates said last."""
+    """A failed test shows what the agents and gates said last, and what vm1's processor does (twice: does it move?)."""
     report = yield
     if report.failed:
         for host in world.HOSTS:
-            said = """tail -n 6 /var/log/libvirt/qemu/vm1.log; ip -s link; tc -s qdisc
+            said = """tail -n 6 /var/log/libvirt/qemu/vm1.log /var/log/libvirt/qemu/vm1.serial; ip -s link; tc -s qdisc
+                for what in status registers registers irq lapic; do
+                    timeout 5 virsh qemu-monitor-command --hmp vm1 "info $what"
+                done
                 journalctl -u mcft-agent -u 'mcft-gate@*' -o short-precise --no-hostname -q -n 200"""
             report.sections.append((f"{host}", host.sh(said, check=False) if host.on else "it is off"))
         # A process that this kernel could not serve dies without a word of its own.
