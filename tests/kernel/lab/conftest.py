@@ -21,6 +21,14 @@ from watching import Load, watching
 collect_ignore = ["test_takeover.py" if os.environ.get("MCFT_LAB_KVM") else "test_kvm.py", "test_mc.py"]
 BEACON_US = 50_000  # a beacon every ms, the lab's own, keeps this kernel's one CPU busy with the guest alone
 
+NET = "/machine/peripheral/net0/virtio-backend"
+SAID = f"""tail -n 6 /var/log/libvirt/qemu/vm1.log /var/log/libvirt/qemu/vm1.serial; ip -s link; tc -s qdisc
+for what in status registers registers irq lapic 'virtio-queue-status {NET} 0' 'virtio-queue-status {NET} 1' \
+    'virtio-vhost-queue-status {NET} 0' 'virtio-vhost-queue-status {NET} 1'; do
+    timeout 5 virsh qemu-monitor-command --hmp vm1 "info $what"
+done
+journalctl -u mcft-agent -u 'mcft-gate@*' -o short-precise --no-hostname -q -n 200"""
+
 
 @pytest.fixture(scope="session", autouse=True)
 def the_lab() -> Iterator[None]:
@@ -48,12 +56,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     report = yield
     if report.failed:
         for host in world.HOSTS:
-            said = """tail -n 6 /var/log/libvirt/qemu/vm1.log /var/log/libvirt/qemu/vm1.serial; ip -s link; tc -s qdisc
-                for what in status registers registers irq lapic; do
-                    timeout 5 virsh qemu-monitor-command --hmp vm1 "info $what"
-                done
-                journalctl -u mcft-agent -u 'mcft-gate@*' -o short-precise --no-hostname -q -n 200"""
-            report.sections.append((f"{host}", host.sh(said, check=False) if host.on else "it is off"))
+            report.sections.append((f"{host}", host.sh(SAID, check=False) if host.on else "it is off"))
         # A process that this kernel could not serve dies without a word of its own.
         kernel = subprocess.run(["dmesg"], capture_output=True, text=True, check=False).stdout
         report.sections.append(("kernel", "\n".join(kernel.splitlines()[-30:])))
