@@ -171,6 +171,7 @@ class Protection(msgspec.Struct, frozen=True):
     arbiter: ArbiterStatus = ArbiterStatus()
     tls: bool = False
     delay_ms: int = 100
+    period_ms: int = 100
     mode: str = "periodic"
     since: str = ""
     checkpoints: Checkpoints = Checkpoints()

@@ -136,7 +136,8 @@ def _next_step(p: api.Protection) -> str:
 
 def _facts(p: api.Protection) -> Iterator[tuple[str, str]]:
     period = "" if p.engine == "mc" else f", {p.mode}"
-    delay = f"delay {format_delay(p.delay_ms)}"
+    stretched = f" stretched to {format_delay(p.period_ms)}" if p.period_ms > p.delay_ms else ""
+    delay = f"delay {format_delay(p.delay_ms)}{stretched}"
     yield "engine", f"{p.engine}{period}, {delay}, generation {p.generation}, {_arbiter(p.arbiter)}"
     yield "since", p.since
     if p.job is not None and p.job.state == "running":

@@ -474,6 +474,16 @@ MUTANTS = [
         "gate.py::test_restarted_gate_releases_nothing_of_the_old_ones",
     ),
     Mutant(
+        "checkpoints leave the guest no time, unnoticed", "mcft/gate/pace.py",
+        "if share < LEAST_SHARE:", "if share < 0:",
+        "gate.py::test_checkpoints_that_leave_the_guest_no_time_are_told",
+    ),
+    Mutant(
+        "a stretched period becomes the guest's delay", "mcft/agent/protection.py",
+        "await self._tell_standby(self.body.delay_ms, every_ms)", "await self._tell_standby(every_ms, every_ms)",
+        "asked.py::test_a_period_is_stretched_on_both_sides_and_the_delay_stays_as_asked",
+    ),
+    Mutant(
         "opening while protected", "mcft/gate/primary.py",
         'request.get("because") not in ("solo", "given-up")', "False",
         "gate.py::test_opening_needs_given_up_or_a_win",

@@ -115,9 +115,13 @@ class Arm(About, frozen=True):
 
 
 class SetDelay(About, frozen=True):
-    """`mcft set --delay`, told to the standby: its watcher goes by it, and its body takes it along."""
+    """`mcft set --delay`, told to the standby: its watcher goes by it, and its body takes it along.
+
+    period_ms: what QEMU goes by for now, where mcft has stretched the delay (`gate/pace.py`); for the watcher alone.
+    """
 
     delay_ms: int = 100
+    period_ms: int = 0
 
 
 class Records(msgspec.Struct, frozen=True):

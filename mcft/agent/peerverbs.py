@@ -261,7 +261,8 @@ class PeerVerbs:
 
     async def _set_delay(self, peer: str, body: bytes) -> msgspec.Struct:
         _, life = self._instance(peer, body)
-        return await life.set_delay(msgspec.json.decode(body, type=model.SetDelay).delay_ms)
+        told = msgspec.json.decode(body, type=model.SetDelay)
+        return await life.set_delay(told.delay_ms, told.period_ms)
 
     async def _start(self, peer: str, body: bytes) -> msgspec.Struct:
         return await coldstart.answer(self.core, peer, body)

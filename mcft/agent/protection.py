@@ -19,6 +19,7 @@ from mcft.agent.site import AT_REST_WITHIN_S, boottime_ms, log
 from mcft.engines.mc import Mc
 from mcft.errors import Failed, McftError, NotFound, Refused, Unreachable
 from mcft.generations import UNDECIDED, Kind
+from mcft.units import format_duration_ms
 
 SET_WITHIN_S = 5.0
 
@@ -27,6 +28,13 @@ class Primary(Deciding):
     """Leads. Also lives what comes after: solo, active (took over), stopped, lost."""
 
     on_gone: Any = None  # called with self when nothing of this protection is left
+
+    def on_note(self, kind: str, fields: dict[str, Any]) -> None:
+        if kind == "pace":
+            pace = self.keep_pace(round(fields["period_ms"]), fields["pause_ms"], fields["share"])
+            self.site.spawn(pace, f"keep {self.body.domain}'s pace")
+        else:
+            super().on_note(kind, fields)
 
     # ---- what operators ask ----
 
@@ -185,17 +193,42 @@ class Primary(Deciding):
         if self.body.state == "protected" and self.body.engine == "mc":
             await self._set_mc_delay(delay_ms)
         elif self.body.state == "protected":
-            await self.gate.ask("update", delay_ms=float(delay_ms))
-            await self.gate.qmp([{"execute": "migrate-set-parameters", "arguments": {"x-checkpoint-delay": delay_ms}}])
-            replies = await self.gate.qmp([{"execute": "query-migrate-parameters"}])
-            found = replies[0].get("return", {}).get("x-checkpoint-delay")
-            if found != delay_ms:
-                raise Failed("set", f"QEMU took {found} ms instead of {delay_ms} ms as its delay")
+            await self._set_period(delay_ms)
 
-    async def _tell_standby(self, delay_ms: int) -> None:
+    async def _set_period(self, every_ms: int) -> None:
+        """What the gate's watcher and QEMU go by, read back from QEMU; longer than the delay where mcft stretched it."""
+        delay_ms = self.body.delay_ms
+        await self.gate.ask("update", delay_ms=float(delay_ms), period_ms=float(every_ms if every_ms > delay_ms else 0))
+        await self.gate.qmp([{"execute": "migrate-set-parameters", "arguments": {"x-checkpoint-delay": every_ms}}])
+        replies = await self.gate.qmp([{"execute": "query-migrate-parameters"}])
+        found = replies[0].get("return", {}).get("x-checkpoint-delay")
+        if found != every_ms:
+            raise Failed("set", f"QEMU took {found} ms instead of {every_ms} ms as its delay")
+
+    async def keep_pace(self, every_ms: int, pause_ms: float, share: float) -> None:
+        """The gate's word that checkpoints leave the guest too little time at the period they have, or need it no more.
+
+        Nothing is changed if the standby can't be told; the gate says it again some checkpoints later.
+        """
+        if self.body.state != "protected" or self.ledger.newest is not Kind.PROTECTED:
+            return
+        try:
+            await self._tell_standby(self.body.delay_ms, every_ms)
+            await self._set_period(every_ms)
+        except McftError as error:
+            log.warning("%s: checkpoints stay as far apart as they were: %s", self.body.domain, error)
+            return
+        took, every = format_duration_ms(pause_ms), format_duration_ms(every_ms)
+        if every_ms > self.body.delay_ms:
+            why = f"a checkpoint takes {took}, and the guest ran {share:.0%} of the time"
+            self.event("pace", f"{why}: one every {every} now, not {format_duration_ms(self.body.delay_ms)}", "warning")
+        else:
+            self.event("pace", f"a checkpoint takes {took}: one every {every} again, as asked for")
+
+    async def _tell_standby(self, delay_ms: int, period_ms: int = 0) -> None:
         """First: with the old one it would wait too shortly for a checkpoint, and after a take-over the guest had it back."""
         body = self.body
-        told = model.SetDelay(body.uuid, body.pid, body.g, body.domain, delay_ms=delay_ms)
+        told = model.SetDelay(body.uuid, body.pid, body.g, body.domain, delay_ms=delay_ms, period_ms=period_ms)
         try:
             await self.site.ask(body.peer, "set-delay", told, model.Answer, SET_WITHIN_S)
         except NotFound as error:  # an older mcft

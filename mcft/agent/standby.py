@@ -102,11 +102,11 @@ class Standby(Copy):
         self.to_state("lost", f"gave up: {self.body.peer} goes on without this copy")
         self.site.spawn(self._clean_up(), f"clean up {self.body.domain}")
 
-    async def set_delay(self, delay_ms: int) -> model.Answer:
-        """The primary's delay is another from now on; a take-over goes on with it."""
+    async def set_delay(self, delay_ms: int, period_ms: int = 0) -> model.Answer:
+        """The primary's delay is another from now on; a take-over goes on with it, but not with a period that was stretched."""
         self.body.delay_ms = delay_ms
         await self.save()
-        await self.gate.ask("update", delay_ms=float(delay_ms))
+        await self.gate.ask("update", delay_ms=float(delay_ms), period_ms=float(period_ms))
         return self._stands()
 
     async def _note_primarys_disk(self, why: str) -> None:

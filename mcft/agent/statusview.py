@@ -64,7 +64,7 @@ def protection(
         state=body.state, reason=reason, next_step=next_step(body, host, guest_running, in_maintenance),
         guest_running=guest_running, output_flowing=primary and guest_running and _flows(body, gate, agreed=agreed, alone=alone),
         survives_host_loss=bool(following) and not unsafe and decides, unsafe=unsafe, generation=g, arbiter=arbiter,
-        tls=body.tls, delay_ms=body.delay_ms, since=body.since,
+        tls=body.tls, delay_ms=body.delay_ms, period_ms=round(gate.get("period_ms", body.delay_ms)), since=body.since,
         checkpoints=_checkpoints(gate), network=_network(body, gate), disks=_disks(body, gate),
         keepalive=[_link(row) for row in gate.get("links", [])],
         versions=_versions(versions, body),

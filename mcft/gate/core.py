@@ -163,7 +163,7 @@ class Gate:
 
     @property
     def settings(self) -> Settings:
-        return Settings(self.state.loss_ms, self.state.delay_ms, sees_stream=self.state.engine != "mc")
+        return Settings(self.state.loss_ms, self.state.every_ms, sees_stream=self.state.engine != "mc")
 
     # ---- told by our QEMU ----
 
@@ -212,7 +212,7 @@ class Gate:
     def _ask_if_overdue(self, now_ms: float) -> None:
         """A QEMU that hangs is told from a stream that stands by a question: without checkpoints nothing else asks one."""
         watched = self.state.role == "primary" and self.state.record in WATCHED and not isinstance(self.qemu.monitor, Relay)
-        overdue = watched and self.side.stream_age_ms(now_ms) > self.state.delay_ms + ASK_OVERDUE_MS
+        overdue = watched and self.side.stream_age_ms(now_ms) > self.state.every_ms + ASK_OVERDUE_MS
         if overdue and self.qemu.monitor.connected and not self.qemu.monitor.unanswered:
             self.qemu.send(Commands([("query-status", {})]), lambda _replies: None)
 
@@ -346,8 +346,8 @@ class Gate:
         handler(request, answer)
 
     def _update(self, request: dict[str, Any], answer: Answer) -> None:
-        """Facts that the agent has made durable (record) or learned (delay_ms, yank); written down here too."""
-        for name in ("record", "delay_ms", "yank", "silenced", "lan_check", "stream_port"):
+        """Facts that the agent has made durable (record) or learned (delay_ms, period_ms, yank); written down here too."""
+        for name in ("record", "delay_ms", "period_ms", "yank", "silenced", "lan_check", "stream_port"):
             if name in request:
                 setattr(self.state, name, request[name])
         self.lan.addresses = list(self.state.lan_check)
@@ -381,6 +381,7 @@ class Gate:
             "disk_error": self.disk_error, "claiming": self.state.claiming,
             "buffer_broken": self.buffer_broken, "closed": self.side.closed(), "stream_dead": self.side.stream_dead(),
             "stream_age_ms": self.side.stream_age_ms(now_ms), "event_lag_ms": self.qemu.event_lag_ms,
+            "period_ms": self.state.every_ms,
             "monitor": self.qemu.monitor.connected, "oob": self.qemu.monitor.oob, "stalls": self.silence.stalls,
             "peer": {"record": self.peer.record, "qemu": self.peer.qemu, "claiming": self.peer.claiming,
                      "closed": self.peer.closed, "loads": self.peer.loads, "acks": self.peer.acks},

@@ -49,7 +49,7 @@ class PlugSide:
 
     def _limit(self) -> Limit:
         state = self.gate.state
-        return Limit(state.limit_bytes, state.delay_ms, state.loss_ms)
+        return Limit(state.limit_bytes, state.every_ms, state.loss_ms)
 
     def attach(self, answer: Answer) -> None:
         """Every NIC or none. Raises: Denied."""

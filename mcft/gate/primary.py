@@ -24,6 +24,7 @@ from mcft.gate.core import Gate
 from mcft.gate.filter import BufferSide, FilterSide, NoSide
 from mcft.gate.links import set_link
 from mcft.gate.loop import Commands, Task, boottime_ms
+from mcft.gate.pace import Pace
 from mcft.gate.samples import Samples
 from mcft.gate.state import process_start
 from mcft.keepalive import Heard
@@ -47,6 +48,7 @@ class Primary:
         self._stop_stamp_ms = 0.0
         self._resume_stamp_ms = 0.0
         self._count_epoch, self._count_after = 0, 0
+        self.pace = Pace(0.0, 0.0)  # anew whenever the delay is another
 
     def _buffer_side(self) -> BufferSide:
         if self.gate.state.buffer == "plug":
@@ -85,6 +87,7 @@ class Primary:
             # A fresh look at the clock: a release after a stall between reading and here must not rest on an old lease.
             now_ms = boottime_ms()
             self._apply(self.commit.resume_seen(now_ms), now_ms)
+            self._stood(now_ms)
         elif name == "COLO_EXIT":
             self.commit.stream_died(f"COLO_EXIT ({data.get('reason')})")
         elif name == "MIGRATION" and data.get("status") in ("failed", "cancelled", "completed"):
@@ -128,10 +131,20 @@ class Primary:
     def _acknowledged(self, action: Acknowledged, now_ms: float) -> None:
         self._ack_ms = now_ms
         self._ack_times.append(now_ms)
-        if self._resume_stamp_ms > self._stop_stamp_ms > 0:
-            self.pause_ms.add(self._resume_stamp_ms - self._stop_stamp_ms)
         if action.count == 1:
             self.gate.control.note("acknowledged", count=1)
+
+    def _stood(self, now_ms: float) -> None:
+        """A pause is over. Where they leave the guest no time the agent hears of it; it tells the standby's watcher and QEMU."""
+        state, pace = self.gate.state, self.pace
+        if state.mode != "hold" or not self._stop_stamp_ms:
+            return
+        self.pause_ms.add(self._resume_stamp_ms - self._stop_stamp_ms)
+        if (pace.asked_ms, pace.period_ms) != (state.delay_ms, state.every_ms):
+            pace = self.pace = Pace(state.delay_ms, state.every_ms)
+        change = pace.checkpoint(self._stop_stamp_ms, self._resume_stamp_ms)
+        if change and now_ms > self.gate.switching_until_ms:
+            self.gate.control.note("pace", period_ms=change.period_ms, pause_ms=change.pause_ms, share=change.share)
 
     def _send_marker(self, marker: SendMarker) -> None:
         def answered(reply: Message) -> None:
@@ -235,7 +248,7 @@ class Primary:
                 answer({"stopped": True, "acknowledged": self.commit.stats.acknowledged})
                 return
             self.buffer.reopen()
-        yield Commands([("migrate-set-parameters", {"x-checkpoint-delay": int(state.delay_ms)})])
+        yield Commands([("migrate-set-parameters", {"x-checkpoint-delay": int(state.every_ms)})])
         if self.buffer.mode == "closed" and not self._over():
             self.buffer.reopen()
         self.gate.switching_until_ms = float("-inf")

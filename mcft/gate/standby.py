@@ -137,7 +137,7 @@ class Standby:
             proven = self.gate.session.peer_counter and not self.gate.session.echoes_newcomer
             heard_ms = self.gate.session.peer_heard_ms if proven else now_ms
             self._armed_echo_ms = max(self._armed_echo_ms, heard_ms)
-        if self._following and now_ms - self._load_ms > state.delay_ms + WAKE_AFTER_MS:
+        if self._following and now_ms - self._load_ms > state.every_ms + WAKE_AFTER_MS:
             self._wake()
 
     def _wake(self) -> None:

@@ -35,6 +35,7 @@ class GateState(msgspec.Struct):
     yank: instances for QEMU's `yank`. silenced: interfaces that `speak` sets up and frees of mcft's drop filter.
     limit_bytes: what the buffer holds per NIC at most; 0: as the buffer itself thinks fit.
     tcg: the guest runs without KVM (`engines/tcg.py`). monitor: empty where the agent carries commands and events (`relay.py`).
+    period_ms: between checkpoints, where they were stretched beyond the delay (`pace.py`).
     stream_port: of the checkpoint stream on the standby's host, by which its socket is known; 0: not known.
     """
 
@@ -58,6 +59,7 @@ class GateState(msgspec.Struct):
     yank: list[dict[str, str]] = []
     loss_ms: float = 300.0
     delay_ms: float = 100.0
+    period_ms: float = 0.0
     lan_check: list[str] = []
     claiming: bool = False
     disk_error: str = ""
@@ -67,6 +69,11 @@ class GateState(msgspec.Struct):
     rdma: RdmaSpec | None = None
     engine: str = "colo"
     stream_port: int = 0
+
+    @property
+    def every_ms(self) -> float:
+        """Between checkpoints now."""
+        return max(self.delay_ms, self.period_ms)
 
 
 def paths(run_dir: str, uuid: str) -> tuple[str, str]:

@@ -12,6 +12,7 @@ import re
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -110,6 +111,25 @@ class Host:
         at_s = now()
         os.kill(pid, signal.SIGKILL)
         return at_s
+
+    @contextmanager
+    def slow_qemu(self, runs_s: float, stands_s: float) -> Iterator[None]:
+        """vm1's QEMU here has the processor for so long, then not, again and again: a host that is busy with others."""
+        pid, over = self._pid_outside(self.qemu_pid() or 0), threading.Event()
+
+        def hold_up() -> None:
+            while not over.wait(runs_s):
+                os.kill(pid, signal.SIGSTOP)
+                over.wait(stands_s)
+                os.kill(pid, signal.SIGCONT)
+
+        thread = threading.Thread(target=hold_up)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
     def _pid_outside(self, inside: int) -> int:
         """The machine's number of a process of this host."""

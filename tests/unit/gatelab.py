@@ -63,6 +63,7 @@ class FakeQmp:
         self.colo_mode = "secondary"  # what `query-colo-status` says; a broken stream ends it
         self.says_exit = True  # a COLO_EXIT event comes with that end
         self.fds: dict[str, socket.socket] = {}
+        self.stamp_ms = 1000  # of the next events
         self._client: socket.socket | None = None
         self._lock = threading.RLock()
         self._server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -151,7 +152,7 @@ class FakeQmp:
             if status is not None:
                 self.status = status
             assert self._client is not None
-            stamp = {"seconds": 1, "microseconds": 0}
+            stamp = {"seconds": self.stamp_ms // 1000, "microseconds": self.stamp_ms % 1000 * 1000}
             self._write(self._client, {"event": name, "data": data, "timestamp": stamp})
 
     def end_colo(self) -> None:
@@ -179,11 +180,13 @@ class FakeQmp:
         index = next(i for i, c in enumerate(self.commands) if name in (c.get("execute"), c.get("exec-oob")))
         return self.times[index]
 
-    def checkpoint(self) -> None:
-        """STOP, the marker answered `colo`, RESUME: a whole checkpoint as the primary's monitor shows it."""
+    def checkpoint(self, ran_ms: int = 0, stood_ms: int = 0) -> None:
+        """STOP, the marker answered `colo`, RESUME: a whole checkpoint as the primary's monitor shows it, and its stamps."""
         before = len(self.sent("query-status"))
+        self.stamp_ms += ran_ms
         self.event("STOP", "colo")
         until(lambda: len(self.sent("query-status")) > before, "no marker came")
+        self.stamp_ms += stood_ms
         self.event("RESUME", "running")
 
     def close(self) -> None:

@@ -15,7 +15,7 @@ from mcft.agent.protection import Primary
 from mcft.config import Config, Peer
 from mcft.diskreplica import Disk
 from mcft.errors import NotFound, Unreachable
-from mcft.generations import Ledger
+from mcft.generations import Kind, Ledger
 
 ASKED = model.Asked("colo", "filter", "off", "etcd", True)
 
@@ -109,6 +109,31 @@ async def test_a_new_delay_is_told_to_the_standby() -> None:
     life, said = primary(ask)
     await life.set_delay(250)
     assert told == [("host2", "set-delay", 250, "p")] and life.body.delay_ms == 250 and not said
+
+
+async def test_a_period_is_stretched_on_both_sides_and_the_delay_stays_as_asked() -> None:
+    """Fails if the standby's watcher does not know it, or the guest had it as its delay after a take-over."""
+    told: list[Any] = []
+
+    async def ask(_peer: str, _verb: str, words: Any, *_more: Any) -> model.Answer:
+        told.append((words.delay_ms, words.period_ms))
+        return model.Answer("armed")
+
+    life, said = primary(ask)
+    life.ledger = SimpleNamespace(newest=Kind.PROTECTED)
+    await life.keep_pace(250, 125.0, 0.03)
+    assert told == [(100, 250)] and life.body.delay_ms == 100
+    assert said == ["a checkpoint takes 125 ms, and the guest ran 3% of the time: one every 250 ms now, not 100 ms"]
+
+
+async def test_a_period_stays_where_the_standby_can_not_be_told() -> None:
+    async def ask(*_words: Any) -> model.Answer:
+        raise Unreachable("peer", "host2 did not answer (set-delay)")
+
+    life, said = primary(ask)
+    life.ledger, life.gate = SimpleNamespace(newest=Kind.PROTECTED), None  # whoever asks the gate now fails
+    await life.keep_pace(250, 125.0, 0.03)
+    assert not said
 
 
 async def test_a_standby_that_can_not_be_told_leaves_the_delay_as_it_was() -> None:

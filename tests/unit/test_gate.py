@@ -75,6 +75,21 @@ def test_output_waits_for_its_acknowledgement(primary: GateLab) -> None:
     until(lambda: primary.peer.last.acks == 1, "the keepalive does not say it")
 
 
+def test_checkpoints_that_leave_the_guest_no_time_are_told(primary: GateLab) -> None:
+    """QEMU begins the next one at once where one took longer than the delay. Fails if the guest may stand still unnoticed."""
+    agent = protected(primary)
+    for _ in range(9):
+        primary.qmp.checkpoint(ran_ms=5, stood_ms=300)
+    note = agent.note("pace")
+    assert note["period_ms"] == 600 and note["pause_ms"] == 300 and note["share"] < 0.02, note
+    agent.ask("update", period_ms=600.0)
+    assert primary.saved().every_ms == agent.ask("status")["period_ms"] == 600 and primary.saved().delay_ms == 100
+    for _ in range(9):
+        primary.qmp.checkpoint(ran_ms=580, stood_ms=20)
+    agent.notes.clear()
+    assert agent.note("pace")["period_ms"] == 100
+
+
 def test_foreign_resume_releases_nothing(primary: GateLab) -> None:
     agent = protected(primary)
     out, inn = primary.ends(1)
