@@ -12,7 +12,7 @@ import math
 from collections import deque
 from dataclasses import dataclass
 
-WINDOW = 8  # checkpoints that are looked at
+WINDOW = 9  # checkpoints that are looked at; their medians count, so that one long pause (a host that froze) is none
 LEAST_SHARE = 0.25  # of the time, which the guest runs: below, the period is stretched
 PAUSES = 2.0  # periods that were stretched are this many pauses long: the guest runs half the time
 RELIEF = 0.25  # of the period, which checkpoints take: below, what was stretched comes back
@@ -47,8 +47,8 @@ class Pace:
         self._resumed_ms = resume_ms
         if len(self._rounds) < WINDOW:
             return None
-        ran_ms, stood_ms = (sum(times) for times in zip(*self._rounds, strict=True))
-        pause_ms, share = stood_ms / WINDOW, ran_ms / max(ran_ms + stood_ms, 1e-9)
+        ran_ms, pause_ms = (sorted(times)[WINDOW // 2] for times in zip(*self._rounds, strict=True))
+        share = ran_ms / max(ran_ms + pause_ms, 1e-9)
         wanted_ms = self._wanted_ms(pause_ms, share)
         if wanted_ms == self.period_ms:
             return None

@@ -31,6 +31,7 @@ import mcft.gate.standby as standby_module
 from mcft.commit import CommitGate
 from mcft.gate.core import Gate
 from mcft.gate.loop import Commands, Loop, Until, boottime_ms
+from mcft.gate.pace import WINDOW
 from mcft.gate.qemu import OwnQemu
 from mcft.gate.standby import Standby
 from mcft.gate.state import GateState, LinkSpec, process_start, save
@@ -78,13 +79,13 @@ def test_output_waits_for_its_acknowledgement(primary: GateLab) -> None:
 def test_checkpoints_that_leave_the_guest_no_time_are_told(primary: GateLab) -> None:
     """QEMU begins the next one at once where one took longer than the delay. Fails if the guest may stand still unnoticed."""
     agent = protected(primary)
-    for _ in range(9):
+    for _ in range(WINDOW + 1):
         primary.qmp.checkpoint(ran_ms=5, stood_ms=300)
     note = agent.note("pace")
     assert note["period_ms"] == 600 and note["pause_ms"] == 300 and note["share"] < 0.02, note
     agent.ask("update", period_ms=600.0)
     assert primary.saved().every_ms == agent.ask("status")["period_ms"] == 600 and primary.saved().delay_ms == 100
-    for _ in range(9):
+    for _ in range(WINDOW + 1):
         primary.qmp.checkpoint(ran_ms=580, stood_ms=20)
     agent.notes.clear()
     assert agent.note("pace")["period_ms"] == 100

@@ -32,7 +32,7 @@ def test_what_is_not_obeyed_is_said_again_after_as_many_checkpoints() -> None:
 
 def test_one_long_pause_is_none() -> None:
     pace = Pace(100, 100)
-    assert fed(pace, 80, 20) == [] and fed(pace, 10, 300, 1, 5000) == [] and fed(pace, 80, 20, 20, 5400) == []
+    assert fed(pace, 80, 20) == [] and fed(pace, 10, 5000, 1, 5000) == [] and fed(pace, 80, 20, 20, 10400) == []
 
 
 def test_what_was_stretched_comes_back() -> None:
