@@ -13,6 +13,7 @@ from typing import Literal
 
 from mcft.api import Prediction
 from mcft.errors import Failed
+from mcft.gate.pace import LEAST_SHARE, MOST_MS, PAUSES
 from mcft.qmp_passthrough import Executor
 from mcft.units import format_bytes, format_duration_ms
 
@@ -72,18 +73,30 @@ def predict(dirty_bytes_per_s: int | None, delay_ms: int, limit_bytes_per_s: int
     if dirty_bytes_per_s is None:
         text = f"No word on whether it is a good idea: {why_not or 'the rate of change was not measured'}."
         return Prediction(delay_ms, limit_bytes_per_s=limit_bytes_per_s, limit_is=limit_is, text=text)
-    # The guest dirties while it runs, which is the delay; all of that is sent while it stands.
-    pause_ms = EMPTY_PAUSE_MS + dirty_bytes_per_s * delay_ms / limit_bytes_per_s
-    period_ms = delay_ms + pause_ms
+    pause_ms, period_ms = _times(dirty_bytes_per_s / limit_bytes_per_s, delay_ms)
     standing = pause_ms / period_ms
-    needed = int(dirty_bytes_per_s * delay_ms / period_ms)
+    needed = int(dirty_bytes_per_s * (1 - standing))
     verdict = _verdict(dirty_bytes_per_s, limit_bytes_per_s, standing)
-    latency_ms = round(delay_ms / 2 + pause_ms, 1)
+    latency_ms = round((period_ms + pause_ms) / 2, 1)
     text = _words(verdict, dirty_bytes_per_s, limit_bytes_per_s, standing, latency_ms, delay_ms)
     return Prediction(
         delay_ms, dirty_bytes_per_s, round(pause_ms, 1), latency_ms, round(period_ms, 1), needed,
         limit_bytes_per_s, limit_is, round(standing, 3), verdict, text,
     )  # fmt: skip
+
+
+def _times(dirt: float, delay_ms: float) -> tuple[float, float]:
+    """A pause and the time between two, ms; dirt: what the guest changes as a share of what the link carries.
+
+    It changes memory while it runs, and all of that is sent while it stands; together they are the delay, or what the delay is
+    stretched to (`gate/pace.py`).
+    """
+    pause_ms = (EMPTY_PAUSE_MS + dirt * delay_ms) / (1 + dirt)
+    if pause_ms <= (1 - LEAST_SHARE) * delay_ms:
+        return pause_ms, delay_ms
+    stretched_ms = PAUSES * EMPTY_PAUSE_MS / (1 - dirt) if dirt < 1 else MOST_MS
+    period_ms = max(delay_ms, min(stretched_ms, MOST_MS))
+    return min((EMPTY_PAUSE_MS + dirt * period_ms) / (1 + dirt), period_ms), period_ms
 
 
 def _verdict(dirty: int, limit_bytes: int, standing: float) -> Literal["good", "costly", "bad"]:
