@@ -96,30 +96,34 @@ def test_take_over(loss: str, measure: Callable[[str, float], float]) -> None:
 
 @contextlib.contextmanager
 def libvirt_by(host: world.Host, uri: str) -> Iterator[None]:
-    """The agent's way to its libvirtd; over TCP that one listens on the host itself, and asks nobody who he is."""
+    """The agent's way to its libvirtd; over TCP that one listens on the host itself, and asks nobody who he is; with TLS it looks
+    at his certificate, as he does at its."""
     unit = "libvirtd" if LIBVIRTD == "libvirtd" else "virtproxyd"  # of modular daemons only that one does
     conf = f"/etc/libvirt/{unit}.conf"
     with contextlib.ExitStack() as stack:
-        if "+tcp" in uri:
+        if way := next((way for way in ("tcp", "tls") if f"+{way}:" in uri), ""):
             # Its sockets too: an agent that asks again would start it by them, and a daemon that listens takes no further socket.
-            stop = f"systemctl stop {unit}.socket {unit}-ro.socket {unit}-admin.socket {unit}-tcp.socket {unit}"
+            stop = f"systemctl stop {unit}.socket {unit}-ro.socket {unit}-admin.socket {unit}-{way}.socket {unit}"
             stack.callback(host.sh, f"{stop}; mv {conf}.kept {conf}; systemctl start {unit}")
             host.sh(f"cp {conf} {conf}.kept; echo 'auth_tcp = \"none\"' >> {conf}; {stop}; "
-                    f"systemctl start {unit}-tcp.socket {unit}")  # fmt: skip
+                    f"systemctl start {unit}-{way}.socket {unit}")  # fmt: skip
         stack.enter_context(configured(host, f"printf '\\n[agent]\\nlibvirt_uri = \"{uri}\"\\n' >> $file"))
         yield
 
 
-@pytest.mark.parametrize("uri", ["qemu+unix:///system?socket=/run/libvirt/libvirt-sock", "qemu+tcp://localhost/system"])
+WAYS = ["qemu+unix:///system?socket=/run/libvirt/libvirt-sock", "qemu+tcp://localhost/system", "qemu+tls://{host}/system"]
+
+
+@pytest.mark.parametrize("uri", WAYS)
 def test_other_ways_to_libvirt(uri: str) -> None:
-    """As to an old daemon's socket, and to one that listens on TCP: protected, the delay set, taken over, let go.
+    """As to an old daemon's socket, and to one that listens on TCP, also with TLS: protected, the delay set, taken over, let go.
 
     Fails if anything but the monitor passthrough's plain commands is needed (over TCP no descriptor can be handed over), or if a
     daemon that was restarted is asked no more (behind virtproxyd the agent's own connection outlives virtqemud).
     """
     with contextlib.ExitStack() as stack:
         for host in HOSTS:
-            stack.enter_context(libvirt_by(host, uri))
+            stack.enter_context(libvirt_by(host, uri.format(host=host.name)))
         follow()
         for host in HOSTS:
             host.run("systemctl", "restart", LIBVIRTD)
