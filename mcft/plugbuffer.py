@@ -231,6 +231,18 @@ class PlugBuffer:
                 self.link.ask(wire.copy_filter(theirs, ifb_index))
         self.link.ask(wire.redirect(line))
 
+    def limit_to(self, limit: Limit) -> None:
+        """Another limit from now on, as after `mcft set --delay`: epochs may last longer."""
+        for number, line in enumerate(self.lines if not self.broken else []):
+            try:
+                wanted = replace(line, limit_bytes=limit.of(kernel.seen(self.link, line.tap_index).mtu))
+                if wanted != line:
+                    self.link.ask(wire.set_limit(wanted))
+            except OSError as error:
+                self.broken = f"the plug of {line.ifb} takes no other limit: {error.strerror}"
+                return
+            self.lines[number] = wanted
+
     def adopt(self, nics: list[Nic], limit: Limit, mode: Mode) -> None:
         """After a gate's death: the kernel's counts of epochs can't be read, so a new plug takes the old one's place and
         what that held is dropped; nothing leaks. `broken` after: the pieces did not stand as the dead gate had left them.

@@ -165,6 +165,12 @@ def new_plug(line: Line) -> bytes:
     return _tc(NEWQDISC, CREATE | REPLACE, line.ifb_index, line.handle, ROOT, attrs)
 
 
+def set_limit(line: Line) -> bytes:
+    """The limit of a plug that stands (TCQ_PLUG_LIMIT); what it holds stays, also beyond it."""
+    options = {"action": 3, "limit": line.limit_bytes}
+    return _tc(NEWQDISC, 0, line.ifb_index, line.handle, ROOT, [("TCA_KIND", "plug"), ("TCA_OPTIONS", options)])
+
+
 def new_clsact(index: int) -> bytes:
     """Where filters hang, at ingress and egress. Error EEXIST: there is one, or an `ingress`, which serves as well."""
     return _tc(NEWQDISC, CREATE | EXCL, index, INGRESS_HANDLE, CLSACT, [("TCA_KIND", "clsact")])

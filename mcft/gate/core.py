@@ -39,6 +39,9 @@ class Side(Protocol):
     def on_heard(self, heard: Heard, now_ms: float) -> None:
         """One accepted keepalive of the other side's gate."""
 
+    def delay_changed(self) -> None:
+        """Checkpoints come at another pace from now on (`state.every_ms`)."""
+
     def before_send(self, now_ms: float) -> None:
         """A keepalive is about to leave: what it echoes is what the other side may rest on."""
 
@@ -351,6 +354,8 @@ class Gate:
             if name in request:
                 setattr(self.state, name, request[name])
         self.lan.addresses = list(self.state.lan_check)
+        if "delay_ms" in request:
+            self.side.delay_changed()
         self.persist()
         self.say()
         answer({})

@@ -51,6 +51,10 @@ class PlugSide:
         state = self.gate.state
         return Limit(state.limit_bytes, state.every_ms, state.loss_ms)
 
+    def delay_changed(self) -> None:
+        self.buffer.limit_to(self._limit())
+        self.look()
+
     def attach(self, answer: Answer) -> None:
         """Every NIC or none. Raises: Denied."""
         state = self.gate.state

@@ -182,6 +182,9 @@ class Primary:
 
     def before_send(self, now_ms: float) -> None: ...
 
+    def delay_changed(self) -> None:
+        self.output.delay_changed()
+
     def obey(self, verdict: Verdict, now_ms: float) -> None:
         """Close first, whatever it is; then break the stream where QEMU still waits in it."""
         self._close(f"{verdict.act.value}: {verdict.reason}")

@@ -129,6 +129,8 @@ class Standby:
         self.gate.saw_disk_error(reason)
         self.gate.control.note("not-whole", reason=self.gate.disk_error)
 
+    def delay_changed(self) -> None: ...
+
     def before_send(self, now_ms: float) -> None:
         """What we are about to echo with `armed` is what the primary's lease may rest on: remember when it came in."""
         state = self.gate.state

@@ -196,6 +196,24 @@ def test_the_limit_drops_the_newest_and_counts_them(wire: Wire) -> None:
     assert wire.comes(10) == sent[:10]
 
 
+def test_the_limit_follows_the_delay(wire: Wire) -> None:
+    """What is held stays, also by a limit that is smaller now. Fails if a longer epoch meets the limit of the delay of before."""
+    buffer = attached(wire, limit=2000)
+    buffer.hold()
+    sent = wire.send(0, 20, size=200)[:10]
+    buffer.limit_to(Limit(LIMIT))
+    sent += wire.send(1, 20, size=200)
+    assert held(buffer) == 30
+    buffer.limit_to(Limit(2000))
+    wire.send(2, 5, size=200)
+    assert held(buffer) == 30 and not buffer.broken
+    buffer.barrier()
+    buffer.release()
+    assert wire.comes(30) == sent
+    buffer.look()
+    assert not buffer.broken
+
+
 def test_unprotecting_lets_everything_go_in_order_while_traffic_flows(wire: Wire, buffer: PlugBuffer) -> None:
     """Fails if `detach` deletes the IFB before it is empty, or the filter after it."""
     buffer.hold()

@@ -17,8 +17,9 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "lab"))
 import world
 from watching import Load, watching
 
+KVM = bool(os.environ.get("MCFT_LAB_KVM"))
 # Engine mc's story takes 20 minutes in the VM, and can't be told whole in user-mode Linux: by name only (`make test-mc-plug`).
-collect_ignore = ["test_takeover.py" if os.environ.get("MCFT_LAB_KVM") else "test_kvm.py", "test_mc.py"]
+collect_ignore = ["test_takeover.py" if KVM else "test_kvm.py", "test_mc.py"]
 BEACON_US = 50_000  # a beacon every ms, the lab's own, keeps this kernel's one CPU busy with the guest alone
 
 NET = "/machine/peripheral/net0/virtio-backend"
@@ -28,6 +29,19 @@ for what in status registers registers irq lapic 'virtio-queue-status {NET} 0' '
     timeout 5 virsh qemu-monitor-command --hmp vm1 "info $what"
 done
 journalctl -u mcft-agent -u 'mcft-gate@*' -o short-precise --no-hostname -q -n 200"""
+
+KVM_LOST_IT = 75  # `lab/vm`: once more
+kvm_lost_it = pytest.StashKey[bool]()
+
+
+def booted_twice() -> bool:
+    """Whether vm1 was reset on h1, where it runs until a test's fault, though nobody asked for it.
+
+    KVM on an emulated processor does that to a guest in some runs, without a word (a triple fault, it seems): nothing that
+    the test is about has happened then. What happens to it on h2, after a take-over, is never excused.
+    """
+    ready = "grep -c '^MCFT-GUEST ready' /var/log/libvirt/qemu/vm1.serial"
+    return world.H1.on and int(world.H1.sh(ready, check=False).strip() or 0) > 1
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -60,4 +74,11 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         # A process that this kernel could not serve dies without a word of its own.
         kernel = subprocess.run(["dmesg"], capture_output=True, text=True, check=False).stdout
         report.sections.append(("kernel", "\n".join(kernel.splitlines()[-30:])))
+        if KVM and booted_twice():
+            item.config.stash[kvm_lost_it] = True
     return report
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if session.config.stash.get(kvm_lost_it, False):
+        session.exitstatus = KVM_LOST_IT
