@@ -18,7 +18,7 @@ def test_a_power_loss_under_kvm_and_vhost(load: Load) -> None:
     opened = H1.sh("ls -l /proc/$(pidof qemu-system-x86_64)/fd")
     assert "/dev/vhost-net" in opened and "kvm-vm" in opened, opened
     protected_by_plug(H1)
-    load.goes_on()
+    load.goes_on(8)
     held = H1.status()["network"]
     at_s = H1.power_off()
     H2.await_took_over(timeout=30)
