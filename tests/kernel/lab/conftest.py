@@ -37,8 +37,9 @@ kvm_lost_it = pytest.StashKey[bool]()
 def lost_by_kvm() -> bool:
     """Whether vm1 on h1, where it runs until a test's fault, was reset though nobody asked for it, or is dead by itself.
 
-    Dead: it answers nothing although nothing of mcft's is left around it. KVM on an emulated processor does that to a guest in some runs; what the test is about has not happened then. What becomes
-    of vm1 on h2, after a take-over, is never excused, nor is an `unprotect` that fails.
+    Dead: it answers nothing although nothing of mcft's is left around it. KVM on an emulated processor does that to a guest in
+    some runs; what the test is about has not happened then. What becomes of vm1 on h2, after a take-over, is never excused, nor
+    is an `unprotect` that fails.
     """
     if not KVM or world.H1.qemu_pid() is None:
         return False
