@@ -153,9 +153,8 @@ def _tc(kind: int, flags: int, index: int, handle: int, parent: int, attrs: list
 
 
 def plug(line: Line, action: Action) -> bytes:
-    """One step of the hot path. It names the handle, so a qdisc that somebody put there instead answers with an error."""
-    options = {"action": _ACTIONS[action], "limit": 0}
-    return _tc(NEWQDISC, 0, line.ifb_index, line.handle, ROOT, [("TCA_KIND", "plug"), ("TCA_OPTIONS", options)])
+    """One step of the hot path."""
+    return _change(line, {"action": _ACTIONS[action], "limit": 0})
 
 
 def new_plug(line: Line) -> bytes:
@@ -167,7 +166,11 @@ def new_plug(line: Line) -> bytes:
 
 def set_limit(line: Line) -> bytes:
     """The limit of a plug that stands (TCQ_PLUG_LIMIT); what it holds stays, also beyond it."""
-    options = {"action": 3, "limit": line.limit_bytes}
+    return _change(line, {"action": 3, "limit": line.limit_bytes})
+
+
+def _change(line: Line, options: dict[str, int]) -> bytes:
+    """It names the handle, so a qdisc that somebody put there instead answers with an error."""
     return _tc(NEWQDISC, 0, line.ifb_index, line.handle, ROOT, [("TCA_KIND", "plug"), ("TCA_OPTIONS", options)])
 
 
