@@ -233,7 +233,9 @@ class PlugBuffer:
 
     def limit_to(self, limit: Limit) -> None:
         """Another limit from now on, as after `mcft set --delay`: epochs may last longer."""
-        for number, line in enumerate(self.lines if not self.broken else []):
+        if self.broken:
+            return
+        for number, line in enumerate(self.lines):
             try:
                 wanted = replace(line, limit_bytes=limit.of(kernel.seen(self.link, line.tap_index).mtu))
                 if wanted != line:

@@ -91,12 +91,15 @@ def _times(dirt: float, delay_ms: float) -> tuple[float, float]:
     It changes memory while it runs, and all of that is sent while it stands; together they are the delay, or what the delay is
     stretched to (`gate/pace.py`).
     """
-    pause_ms = (EMPTY_PAUSE_MS + dirt * delay_ms) / (1 + dirt)
-    if pause_ms <= (1 - LEAST_SHARE) * delay_ms:
-        return pause_ms, delay_ms
-    stretched_ms = PAUSES * EMPTY_PAUSE_MS / (1 - dirt) if dirt < 1 else MOST_MS
-    period_ms = max(delay_ms, min(stretched_ms, MOST_MS))
-    return min((EMPTY_PAUSE_MS + dirt * period_ms) / (1 + dirt), period_ms), period_ms
+
+    def pause_ms(period_ms: float) -> float:
+        return (EMPTY_PAUSE_MS + dirt * period_ms) / (1 + dirt)
+
+    period_ms = delay_ms
+    if pause_ms(delay_ms) > (1 - LEAST_SHARE) * delay_ms:
+        stretched_ms = PAUSES * EMPTY_PAUSE_MS / (1 - dirt) if dirt < 1 else MOST_MS
+        period_ms = max(delay_ms, min(stretched_ms, MOST_MS))
+    return pause_ms(period_ms), period_ms
 
 
 def _verdict(dirty: int, limit_bytes: int, standing: float) -> Literal["good", "costly", "bad"]:

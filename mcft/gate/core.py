@@ -350,11 +350,12 @@ class Gate:
 
     def _update(self, request: dict[str, Any], answer: Answer) -> None:
         """Facts that the agent has made durable (record) or learned (delay_ms, period_ms, yank); written down here too."""
+        every_ms = self.state.every_ms
         for name in ("record", "delay_ms", "period_ms", "yank", "silenced", "lan_check", "stream_port"):
             if name in request:
                 setattr(self.state, name, request[name])
         self.lan.addresses = list(self.state.lan_check)
-        if "delay_ms" in request:
+        if self.state.every_ms != every_ms:
             self.side.delay_changed()
         self.persist()
         self.say()

@@ -137,7 +137,7 @@ class Primary:
     def _stood(self, now_ms: float) -> None:
         """A pause is over. Where they leave the guest no time the agent hears of it; it tells the standby's watcher and QEMU."""
         state, pace = self.gate.state, self.pace
-        if state.mode != "hold" or not self._stop_stamp_ms:
+        if state.mode != "hold" or not self._resume_stamp_ms > self._stop_stamp_ms > 0:
             return
         self.pause_ms.add(self._resume_stamp_ms - self._stop_stamp_ms)
         if (pace.asked_ms, pace.period_ms) != (state.delay_ms, state.every_ms):
