@@ -484,6 +484,11 @@ MUTANTS = [
         "asked.py::test_a_period_is_stretched_on_both_sides_and_the_delay_stays_as_asked",
     ),
     Mutant(
+        "a word about the pace from before a longer delay counts", "mcft/agent/protection.py",
+        " or every_ms < self.body.delay_ms:", ":",
+        "asked.py::test_periods_take_turns_on_their_way_to_the_standby",
+    ),
+    Mutant(
         "opening while protected", "mcft/gate/primary.py",
         'request.get("because") not in ("solo", "given-up")', "False",
         "gate.py::test_opening_needs_given_up_or_a_win",

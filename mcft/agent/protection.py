@@ -30,6 +30,10 @@ class Primary(Deciding):
 
     on_gone: Any = None  # called with self when nothing of this protection is left
 
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._pacing = asyncio.Lock()  # two periods that crossed on their way would leave the standby with the older one
+
     def on_note(self, kind: str, fields: dict[str, Any]) -> None:
         if kind == "pace":
             pace = self.keep_pace(round(fields["period_ms"]), fields["pause_ms"], fields["share"])
@@ -187,14 +191,15 @@ class Primary(Deciding):
 
     async def set_delay(self, delay_ms: int) -> None:
         """At run time, read back from QEMU. Raises: Unreachable, and nothing is changed, if the standby can't be told."""
-        if self.body.state == "protected":
-            await self._tell_standby(delay_ms)
-        self.body.delay_ms = delay_ms
-        await self.save()
-        if self.body.state == "protected" and self.body.engine == "mc":
-            await self._set_mc_delay(delay_ms)
-        elif self.body.state == "protected":
-            await self._set_period(delay_ms)
+        async with self._pacing:
+            if self.body.state == "protected":
+                await self._tell_standby(delay_ms)
+            self.body.delay_ms = delay_ms
+            await self.save()
+            if self.body.state == "protected" and self.body.engine == "mc":
+                await self._set_mc_delay(delay_ms)
+            elif self.body.state == "protected":
+                await self._set_period(delay_ms)
 
     async def _set_period(self, every_ms: int) -> None:
         """What the gate's watcher and QEMU go by, read back from QEMU; longer than the delay where mcft stretched it."""
@@ -209,16 +214,18 @@ class Primary(Deciding):
     async def keep_pace(self, every_ms: int, pause_ms: float, share: float) -> None:
         """The gate's word that checkpoints leave the guest too little time at the period they have, or need it no more.
 
-        Nothing is changed if the standby can't be told; the gate says it again some checkpoints later.
+        Nothing is changed if the standby can't be told; the gate says it again some checkpoints later. A word from before a
+        longer delay was set is void.
         """
-        if self.body.state != "protected" or self.ledger.newest is not Kind.PROTECTED:
-            return
-        try:
-            await self._tell_standby(self.body.delay_ms, every_ms)
-            await self._set_period(every_ms)
-        except McftError as error:
-            log.warning("%s: checkpoints stay as far apart as they were: %s", self.body.domain, error)
-            return
+        async with self._pacing:
+            if self.body.state != "protected" or self.ledger.newest is not Kind.PROTECTED or every_ms < self.body.delay_ms:
+                return
+            try:
+                await self._tell_standby(self.body.delay_ms, every_ms)
+                await self._set_period(every_ms)
+            except McftError as error:
+                log.warning("%s: checkpoints stay as far apart as they were: %s", self.body.domain, error)
+                return
         took, every = format_duration_ms(pause_ms), format_duration_ms(every_ms)
         if every_ms > self.body.delay_ms:
             why = f"a checkpoint takes {took}, and the guest ran {share:.0%} of the time"

@@ -22,6 +22,8 @@ def definition(*, offloads: str = OFFLOADS) -> str:
     xml = re.sub(r"<emulator>.*</emulator>", f"<emulator>{EMULATOR}</emulator>", xml)
     words = "".join(f"<qemu:arg value='{word}'/>" for word in ("-global", offloads)) if offloads else ""
     more = f"<qemu:commandline>{words}</qemu:commandline></domain>" if words else "</domain>"
+    memory_mib = os.environ.get("MCFT_LAB_GUEST_MIB", "256")  # as `lab/vm.sh` has it
+    xml = xml.replace("256</memory>", f"{memory_mib}</memory>")
     kind = "kvm" if os.environ.get("MCFT_LAB_KVM") else "qemu"
     xml = xml.replace("<domain type='qemu'>", f"<domain type='{kind}' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>")
     return xml.replace("</domain>", more)

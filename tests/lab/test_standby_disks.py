@@ -15,6 +15,7 @@ FOLDER = "/var/lib/libvirt/images"
 POOL = f"{FOLDER}/pool"
 THERE = f"{POOL}/vm1.img"
 WHOLE = 64 << 20
+GRANULE = 64 << 10  # `drive-mirror` copies this much whole where the guest writes 4 KiB while it is copied
 VARS = "/var/lib/libvirt/qemu/nvram/vm1_VARS.fd"
 
 
@@ -46,7 +47,7 @@ def test_a_copy_in_a_storage_pool(pool: None) -> None:
     protect(H1, "--disk", f"vda={THERE}")
     assert H2.sh("virsh -q vol-list lab").split() == ["vm1.img", THERE]
     assert "64.00 MiB" in H2.sh("virsh vol-info --pool lab vm1.img | grep Capacity")
-    assert taken(H2, THERE) <= taken(H1, IMAGE) < WHOLE // 2
+    assert taken(H2, THERE) <= taken(H1, IMAGE) + 16 * GRANULE < WHOLE // 2
     assert H2.sh(f"stat -c '%a %U' {THERE}").split() == H1.sh(f"stat -c '%a %U' {IMAGE}").split() == ["640", "libvirt-qemu"]
     remembered = f"python3 -c \"import os; print(os.getxattr('{THERE}', 'trusted.libvirt.security.dac'))\""
     assert "+0:+0" in H2.sh(remembered)

@@ -169,7 +169,8 @@ class Source:
                     self._spawn(self._standby_lost())
                     return
             delay_ms = self.series.delay_ms if self.series.delay_ms > 0 else 1e12
-            await asyncio.sleep(max(1.0, delay_ms - (now_ms() - self._capture_ms)) / 1000)
+            # MC's guest runs while what was captured is sent. This one stands, so it has half the delay, however long that took.
+            await asyncio.sleep(max(delay_ms / 2, delay_ms - (now_ms() - self._capture_ms)) / 1000)
 
     def _stream_lives(self) -> bool:
         """Whether a connection to the standby's port is still established. Linux: proc(5), /proc/net/tcp."""
