@@ -12,7 +12,7 @@ import msgspec
 from mcft import api
 from mcft.agent import coldstart, model
 from mcft.agent.jobs import JobHandle, done
-from mcft.agent.site import AT_REST_WITHIN_S, Life
+from mcft.agent.life import AT_REST_WITHIN_S, Life
 from mcft.agent.standby import Standby
 from mcft.errors import Failed, McftError, Refused, TimedOut, Unreachable
 from mcft.generations import Kind

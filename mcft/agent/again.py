@@ -14,7 +14,7 @@ from mcft.gate.loop import boottime_ms
 
 if TYPE_CHECKING:  # so that it can be tested without libvirt
     from mcft.agent.core import Core
-    from mcft.agent.site import Life
+    from mcft.agent.life import Life
 
 log = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from mcft.gate.loop import boottime_ms
 from mcft.generations import Kind
 
 if TYPE_CHECKING:  # so that it can be tested without libvirt
-    from mcft.agent.site import Life
+    from mcft.agent.life import Life
 
 PROTECT_S = 5.0  # how long `protect` waits for the arbiter
 KEEP_SEEN_EVERY_MS = 10_000.0

@@ -22,7 +22,7 @@ from mcft.generations import UNDECIDED, Kind
 
 if TYPE_CHECKING:  # so that it can be tested without libvirt
     from mcft.agent.core import Core
-    from mcft.agent.site import Life
+    from mcft.agent.life import Life
     from mcft.agent.standby import Standby
 
 ASK_S = 5.0

@@ -12,9 +12,10 @@ import msgspec
 
 from mcft import diskreplica, streams
 from mcft.agent import diskfiles, domainxml, hook, model, network, rdma
+from mcft.agent.life import Life
 from mcft.agent.overwriting import refuse_overwriting
 from mcft.agent.process import run
-from mcft.agent.site import Life, log
+from mcft.agent.site import log
 from mcft.agent.steps import Step
 from mcft.api import ArbiterKind
 from mcft.diskreplica import Disk

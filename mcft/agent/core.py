@@ -14,10 +14,11 @@ from mcft.agent.ends import DESTROYED
 from mcft.agent.events import EventLog
 from mcft.agent.hook import boot_id
 from mcft.agent.jobs import Jobs
+from mcft.agent.life import Life, stored_ledger
 from mcft.agent.peerverbs import PeerVerbs
 from mcft.agent.protecting import Protecting
 from mcft.agent.protection import Primary
-from mcft.agent.site import Life, Site, log, stored_ledger
+from mcft.agent.site import Site, log
 from mcft.agent.standby import Standby
 from mcft.config import ARBITERS
 from mcft.errors import Failed, McftError, NotFound, Refused, Usage

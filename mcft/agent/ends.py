@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 
 from mcft.agent.process import run
-from mcft.agent.site import boottime_ms
 from mcft.errors import Failed
+from mcft.gate.loop import boottime_ms
 
 DESTROYED = 1  # VIR_DOMAIN_EVENT_STOPPED_DESTROYED
 BY_GUEST = 1  # VIR_DOMAIN_EVENT_SHUTDOWN_GUEST

@@ -21,8 +21,8 @@ from mcft import diskreplica, filterbuffer, sockbreak, streams
 from mcft.agent import buffers, domainxml, model, network, overlays
 from mcft.agent.gates import unit
 from mcft.agent.hook import Markers
+from mcft.agent.life import stored_ledger
 from mcft.agent.process import run
-from mcft.agent.site import stored_ledger
 from mcft.agent.store import Store
 from mcft.diskreplica import Disk
 from mcft.engines.colo import Colo

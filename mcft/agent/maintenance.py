@@ -22,7 +22,8 @@ from mcft.errors import Failed, McftError, NotFound, Refused
 
 if TYPE_CHECKING:  # so that it can be tested without libvirt
     from mcft.agent.core import Core
-    from mcft.agent.site import Life, Site
+    from mcft.agent.life import Life
+    from mcft.agent.site import Site
 
 log = logging.getLogger(__name__)
 META = "maintenance"  # in the store: "on", "off", or "boot ID": on during that boot

@@ -9,9 +9,10 @@ from mcft import diskreplica
 from mcft.agent import model
 from mcft.agent.model import peer_ledger
 from mcft.agent.setup import STANDBYS_SIDE, Setup
-from mcft.agent.site import boottime_ms, log
+from mcft.agent.site import log
 from mcft.errors import Failed, McftError
 from mcft.failover import BUFFER_BROKEN, OWN_DISK
+from mcft.gate.loop import boottime_ms
 from mcft.generations import Kind
 
 

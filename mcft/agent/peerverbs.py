@@ -13,8 +13,8 @@ import msgspec
 
 from mcft.agent import checkpeer, coldstart, domainxml, maintenance, model, standby
 from mcft.agent.jobs import JobHandle
+from mcft.agent.life import Life
 from mcft.agent.protection import Primary
-from mcft.agent.site import Life
 from mcft.agent.standby import Standby
 from mcft.errors import NotFound, Refused, Remains, Usage
 from mcft.generations import Kind, Ledger

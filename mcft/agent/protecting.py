@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from mcft import api, diskreplica, generations
 from mcft.agent import buffers, check, domainxml, maintenance, mccheck, model, protection
 from mcft.agent.jobs import JobHandle, done
+from mcft.agent.life import AT_REST_WITHIN_S, Life
 from mcft.agent.protection import Primary
-from mcft.agent.site import AT_REST_WITHIN_S, Life
 from mcft.configvalues import rdma_device
 from mcft.diskreplica import Disk
 from mcft.errors import Refused, Remains, Usage

@@ -12,12 +12,14 @@ from typing import Any
 from mcft import generations
 from mcft.agent import model
 from mcft.agent.decisions import PULL_EVERY_S, Deciding
+from mcft.agent.life import AT_REST_WITHIN_S
 from mcft.agent.model import peer_ledger
 from mcft.agent.setup import STANDBYS_SIDE, OnStep
 from mcft.agent.setup import make_body as make_body
-from mcft.agent.site import AT_REST_WITHIN_S, boottime_ms, log
+from mcft.agent.site import log
 from mcft.engines.mc import Mc
 from mcft.errors import Failed, McftError, NotFound, Refused, Unreachable
+from mcft.gate.loop import boottime_ms
 from mcft.gate.pace import LEAST_SHARE
 from mcft.generations import UNDECIDED, Kind
 from mcft.units import format_duration_ms

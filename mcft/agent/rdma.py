@@ -20,7 +20,7 @@ from mcft.errors import McftError, Refused
 from mcft.gate.state import LinkSpec, RdmaSpec
 
 if TYPE_CHECKING:  # so that it can be tested without libvirt
-    from mcft.agent.site import Life
+    from mcft.agent.life import Life
 
 log = logging.getLogger("mcft.agent")
 AUTO, OFF = "auto", "off"

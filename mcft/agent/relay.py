@@ -15,7 +15,7 @@ from mcft.gate.relay import AWAY
 from mcft.generations import Kind
 
 if TYPE_CHECKING:  # so that it can be tested without libvirt
-    from mcft.agent.site import Life
+    from mcft.agent.life import Life
 
 PATIENCE_S, PROBE_EVERY_S = 1.5, 1.0
 WORDS_S, WORDS_EVERY_S = 3.0, 0.1

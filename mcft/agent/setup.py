@@ -10,10 +10,12 @@ from typing import Any
 
 from mcft import diskreplica, filterbuffer, generations, streams
 from mcft.agent import buffers, diskfiles, domainxml, hook, mcnet, model, rdma
-from mcft.agent.site import Life, boottime_ms, log
+from mcft.agent.life import Life
+from mcft.agent.site import log
 from mcft.agent.steps import Step
 from mcft.errors import Failed, Refused, Unreachable
 from mcft.gate.links import set_link
+from mcft.gate.loop import boottime_ms
 from mcft.gate.state import GateState, LinkSpec, process_start
 from mcft.generations import Kind, Ledger
 from mcft.qmp_passthrough import add_monitor, remove_monitor

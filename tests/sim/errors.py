@@ -35,7 +35,7 @@ ETCD = "mcft/arbiter/etcd.py"
 COMMIT, FAILOVER, GENERATIONS = "mcft/commit.py", "mcft/failover.py", "mcft/generations.py"
 FILTER, GATE_STANDBY = "mcft/gate/filter.py", "mcft/gate/standby.py"
 PRIMARY, STANDBY, SETUP = "mcft/gate/primary.py", "mcft/agent/standby.py", "mcft/agent/setup.py"
-DECISIONS, SITE, VERBS = "mcft/agent/decisions.py", "mcft/agent/site.py", "mcft/agent/peerverbs.py"
+DECISIONS, LIFE, VERBS = "mcft/agent/decisions.py", "mcft/agent/life.py", "mcft/agent/peerverbs.py"
 
 ERRORS = [
     Error("release at the barrier", (
@@ -90,8 +90,8 @@ ERRORS = [
          "        if self.ledger.newest in (Kind.GIVEN_UP, Kind.LOST, Kind.ENDED):\n            return\n"),
     )),
     Error("claim not durable before acting", (
-        (SITE, "            await self.site.store.append(\n", "            self.site.spawn(self.site.store.append(\n"),
-        (SITE, "detail, model.encode(self.body)\n            )\n", "detail, model.encode(self.body)\n            ), 'record')\n"),
+        (LIFE, "            await self.site.store.append(\n", "            self.site.spawn(self.site.store.append(\n"),
+        (LIFE, "detail, model.encode(self.body)\n            )\n", "detail, model.encode(self.body)\n            ), 'record')\n"),
     )),
     Error("etcd create instead of compare", (
         (ETCD, "Swap(self.key.name, self.key.value, self.key.mod_revision, self._put), timeout_ms)",
@@ -136,7 +136,7 @@ ERRORS = [
          "            if target in disks and path in self.body.created_files:\n"),
     )),
     Error("chain started as a bare disk", (
-        (SITE, "        await overlays.commit_files(self.body.disks, self.body.overlays_g)\n", ""),
+        (LIFE, "        await overlays.commit_files(self.body.disks, self.body.overlays_g)\n", ""),
     )),
     Error("the guest speaks before its overlay is gone", (
         (GATE_STANDBY, "        yield from self._retire_overlays(COMMIT_POLL_MS, boottime_ms() + COMMIT_WAIT_MS)\n", ""),

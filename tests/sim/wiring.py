@@ -108,6 +108,7 @@ def install() -> None:
     import mcft.agent.gates
     import mcft.agent.hook
     import mcft.agent.jobs
+    import mcft.agent.life
     import mcft.agent.maintenance
     import mcft.agent.network
     import mcft.agent.outcomes
@@ -142,14 +143,14 @@ def install() -> None:
                 raise AttributeError(f"{module.__name__} has no {name} any more: tests/sim/wiring.py")
             setattr(module, name, value)
 
-    put("boottime_ms", boottime_ms, gate.loop, gate.core, gate.qemu, gate.primary, gate.standby, gate.lan, agent.site,
+    put("boottime_ms", boottime_ms, gate.loop, gate.core, gate.qemu, gate.primary, gate.standby, gate.lan,
         agent.setup, agent.protection, agent.outcomes, agent.ends, agent.again, agent.overlays)  # fmt: skip
-    put("time", SimTime, gate.qemu, gate.primary, gate.standby, agent.site, agent.peers, agent.ports, agent.jobs)
-    put("os", SimOs, gate.qemu, gate.primary, gate.standby, mcft.keepalive, agent.site, agent.setup, agent.decisions,
+    put("time", SimTime, gate.qemu, gate.primary, gate.standby, agent.life, agent.peers, agent.ports, agent.jobs)
+    put("os", SimOs, gate.qemu, gate.primary, gate.standby, mcft.keepalive, agent.life, agent.setup, agent.decisions,
         agent.outcomes, agent.copy, agent.gates, agent.overlays, agent.maintenance, agent.diskfiles, agent.overwriting,
         mcft.diskreplica)  # fmt: skip
-    put("open", sim_open, agent.site, agent.outcomes, agent.overwriting, agent.diskfiles)
-    put("process_start", process_start, gate.qemu, gate.primary, agent.site, agent.setup, agent.copy)
+    put("open", sim_open, agent.life, agent.outcomes, agent.overwriting, agent.diskfiles)
+    put("process_start", process_start, gate.qemu, gate.primary, agent.life, agent.setup, agent.copy)
     put("secrets", SimSecrets, agent.setup, agent.acts, agent.coldstart, agent.maintenance)
     put("random", SimRandom, agent.peers)
     put("run", _run, agent.gates, agent.copy, agent.diskfiles, agent.overlays)
@@ -162,7 +163,7 @@ def install() -> None:
     put("uses_vhost", lambda _pid: False, mcft.agent.domainxml)
     put("refuse_unfit", _nothing, mcft.agent.checkpeer)
     put("choose", _choose, mcft.agent.buffers)
-    put("shutil", SimShutil, agent.site, agent.copy)
+    put("shutil", SimShutil, agent.life, agent.copy)
     put("add_monitor", _add_monitor, agent.setup, agent.copy)
     put("_free", lambda *_, **__: True, agent.ports)
     put("URL", SimUrl, agent.peers)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mcft.agent import model, site
+from mcft.agent import model
 from mcft.agent.copy import Copy
 from mcft.agent.core import Core
 from mcft.agent.decisions import Deciding
@@ -260,7 +260,7 @@ class Undoing(Primary):
 
 def test_an_undo_that_found_libvirtd_away_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if it is given up: the guest stood for ever, or kept mcft's nodes (seeds 21187 and 20821)."""
-    monkeypatch.setattr(site, "UNDO_AGAIN_S", 0.001)
+    monkeypatch.setattr("mcft.agent.life.UNDO_AGAIN_S", 0.001)
 
     async def main() -> Undoing:
         life = Undoing()

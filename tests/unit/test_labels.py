@@ -11,9 +11,9 @@ from typing import Any, cast
 import pytest
 
 from mcft.agent import model
+from mcft.agent.life import Life
 from mcft.agent.overwriting import refuse_overwriting, user_of
 from mcft.agent.peerverbs import PeerVerbs
-from mcft.agent.site import Life
 from mcft.diskreplica import Disk
 from mcft.errors import Refused
 from mcft.generations import Kind, Ledger
