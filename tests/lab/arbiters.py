@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Literal
 
-from world import CONFIG, HOSTS, INSTANCE, STATE, Host, configured, hosts_on, lab, other, until
+from world import CONFIG, HOSTS, INSTANCE, PLUGS, STATE, Host, configured, hosts_on, lab, other, until
 
 LAN, REP = "10.77.0.200", "10.99.0.200"
 DATA = "/var/lib/etcd-lab"
@@ -63,7 +63,8 @@ class Etcd:
     def ctl(self, words: str, *, check: bool = True) -> str:
         ends = ",".join(f"{self.scheme}://127.0.0.1:{2379 + 10 * n}" for n in range(self.nodes))
         ca = "--cacert=/root/ca.pem" if self.scheme == "https" else ""
-        etcdctl = f"ETCDCTL_API=3 etcdctl --dial-timeout=1s --command-timeout=2s --endpoints={ends} {ca} {self.user}"
+        patience = "--dial-timeout=5s --command-timeout=10s" if check else "--dial-timeout=1s --command-timeout=2s"
+        etcdctl = f"ETCDCTL_API=3 etcdctl {patience} --endpoints={ends} {ca} {self.user}"
         return on_arb(f"{etcdctl} {words}", check=check)
 
     def signal(self, name: str, node: int | None = None) -> None:
@@ -178,8 +179,10 @@ class Bmc:
                 until(lambda: self.mode != "deaf", 60, "the BMC is to hear again")
                 return
             host = next((h for h in HOSTS if h.key == key), None)
-            if action == "off" and self.mode == "good" and host is not None and host.on:
-                lab("power", key, "off", check=False)
+            if action == "off" and self.mode == "good" and host is not None:
+                with PLUGS[key]:  # a test may be pulling it just now
+                    if host.on:
+                        lab("power", key, "off", check=False)
             if action == "status":
                 said = "" if self.mode == "vague" or host is None else "on" if host.on else "off"
             else:

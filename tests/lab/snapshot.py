@@ -113,10 +113,13 @@ def _qemu(ask: Any) -> Iterator[tuple[str, Any]]:
     yield "block exports", [export["id"] for export in ask("query-block-exports")]
     yield "yank instances", sorted(json.dumps(i, sort_keys=True) for i in ask("query-yank"))
     yield "migration capabilities", sorted(c["capability"] for c in ask("query-migrate-capabilities") if c["state"])
+    checkpointed = _checkpointed(ask)
     parameters = ask("query-migrate-parameters")
+    if checkpointed:
+        del parameters["x-checkpoint-delay"]  # mcft keeps the pace
     yield "migration parameters", {name: parameters.get(name) for name in PARAMETERS}
     status = ask("query-status")
-    yield "status", "checkpointed" if _checkpointed(ask) else [status["status"], status["running"]]
+    yield "status", "checkpointed" if checkpointed else [status["status"], status["running"]]
 
 
 def _checkpointed(ask: Any) -> bool:

@@ -18,6 +18,10 @@ def start(host: Host, *more: str) -> subprocess.CompletedProcess[str]:
     return host.mcft("start", "vm1", *more, check=False)
 
 
+def answered(done: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str] | None:
+    return None if done.returncode == 4 else done
+
+
 def refused(host: Host) -> None:
     """4, with what is known and unknown; nothing runs, and `--peer-is-off` is no way round it."""
     done = start(host)
@@ -46,7 +50,8 @@ def test_neither_went_on(first: Host) -> None:
     back(first)
     refused(first)
     back(other(first))
-    done = start(first)
+    # Refused until each has heard the other's records, some tenths of a second.
+    done = until(lambda: answered(start(first)), 10, "each has heard what the other knows")
     assert done.returncode == 0 and "vm1 runs on host1" in done.stdout, done
     assert H1.qemu_pid() is not None
     for host in (H1, H2):

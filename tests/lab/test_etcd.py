@@ -208,8 +208,12 @@ def test_cold_start_without_the_standby(etcd: Etcd) -> None:
     Fails if a start claims nothing (h2 may take over later), or if `fence`'s or nobody's answer would do.
     """
     protect(H1)
+    for host in HOSTS:
+        host.freeze(True)  # at the same instant: neither sees the other go
     with ThreadPoolExecutor() as pool:
         list(pool.map(Host.power_off, HOSTS))
+    for host in HOSTS:
+        host.freeze(False)
     H1.power_on()
     until(H1.answers, 20, "h1: the agent answers")
     started = H1.mcft("start", "vm1", timeout=60)

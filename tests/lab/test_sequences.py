@@ -133,7 +133,7 @@ class World:
             assert sum(label.startswith("truth") for label in labels) <= 1, (said, labels)
             kept = until(lambda domain=domain: redis(domain, "llen", "list"), 60, f"{said}: redis of {domain} answers")
             assert int(kept) == self.written[domain], f"{said}: {domain} lost acknowledged writes"
-            assert int(redis(domain, "rpush", "list", said)) == self.written[domain] + 1
+            assert int(redis(domain, "rpush", "list", said, wait_s=20)) == self.written[domain] + 1
             self.written[domain] += 1
 
 

@@ -40,7 +40,7 @@ def test_frames_pass_within_it_and_not_after(two: Wire, lease: TapLease) -> None
     assert lease.stands
     sent = two.send(1, 6) + two.send(1, 6, tap="vnet1")
     assert sorted(two.comes(12)) == sorted(sent)
-    end_ms = boottime_ms() + 300.0
+    end_ms = boottime_ms() + 2000.0
     lease.until(end_ms)
     sent = two.send(2, 6)
     assert boottime_ms() < end_ms, "this machine stood still"

@@ -39,8 +39,9 @@ def downgraded(host: Host) -> Iterator[None]:
     try:
         yield
     finally:
-        if host.on:
-            upgrade(host)
+        if not host.on:
+            host.power_on()
+        upgrade(host)
 
 
 def upgrade(host: Host) -> None:

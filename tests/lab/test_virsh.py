@@ -70,9 +70,17 @@ def virsh(line: str) -> tuple[int, str]:
     return done.returncode, (done.stdout + done.stderr).strip()
 
 
-def take_snapshot() -> None:
-    code, said = virsh("snapshot-create-as vm1 s1 --disk-only --atomic --no-metadata")
+def succeeds(line: str) -> None:
+    """Where a checkpoint falls into the moment in which QEMU formats the new file, QEMU refuses, leaving nothing: again."""
+    for _ in range(5):
+        code, said = virsh(line)
+        if "Permission conflict" not in said:
+            break
     assert code == 0, said
+
+
+def take_snapshot() -> None:
+    succeeds("snapshot-create-as vm1 s1 --disk-only --atomic --no-metadata")
 
 
 def test_what_virsh_does_to_a_protected_guest(load: Load, extra_disk: None) -> None:
@@ -120,15 +128,6 @@ def test_the_link_and_the_definition_of_a_protected_guest(observer: Observer) ->
     assert "edited" not in H2.sh("virsh dumpxml vm1 --inactive")
 
 
-def begin_backup() -> None:
-    """Where a checkpoint falls into the moment in which QEMU formats the scratch file, QEMU refuses, leaving nothing: again."""
-    for _ in range(5):
-        code, said = virsh("backup-begin vm1 /root/backup.xml")
-        if "Permission conflict" not in said:
-            break
-    assert code == 0, said
-
-
 @pytest.mark.parametrize("mode", ["push", "pull"])
 def test_a_backup_of_a_protected_guest(mode: str) -> None:
     """libvirt's backup job runs below mcft's quorum: the file is the disk of its instant, and the protection goes on.
@@ -138,7 +137,7 @@ def test_a_backup_of_a_protected_guest(mode: str) -> None:
     protect(H1)
     instance, seen = H1.status()["instance"], quiet_sum()
     H1.sh(f"rm -f {BACKUP}; cat > /root/backup.xml <<X\n{BACKUP_XML[mode]}\nX\n")
-    begin_backup()
+    succeeds("backup-begin vm1 /root/backup.xml")
     if mode == "pull":
         H1.sh(f"qemu-img convert -O raw nbd://127.0.0.1:10809/vda {BACKUP} && virsh domjobabort vm1")
     until(lambda: "None" in virsh("domjobinfo vm1")[1], 30, "the backup has ended")

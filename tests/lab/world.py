@@ -155,7 +155,8 @@ class Host:
 
     def power_off(self) -> float:
         """Pull the plug; when (as the lab measured it)."""
-        found = re.search(r"cut_begin=([0-9.]+)", lab("power", self.key, "off").stdout)
+        with PLUGS[self.key]:
+            found = re.search(r"cut_begin=([0-9.]+)", lab("power", self.key, "off").stdout)
         assert found
         return float(found.group(1))
 
@@ -274,6 +275,7 @@ class Host:
 
 H1, H2 = Host("h1", "host1"), Host("h2", "host2")
 HOSTS = (H1, H2)
+PLUGS = {host.key: threading.Lock() for host in HOSTS}  # of two that pull one, the second finds it pulled
 SPARE = Host("h3", "host3")  # off but for a test that powers it on; it is made anew then
 
 

@@ -390,8 +390,8 @@ def hang() -> None:
         pass
     set_up(src)
     src.execute("migrate", uri=f"tcp:127.0.0.1:{port}")
-    until(lambda: not src.execute("query-migrate", wait_s=0.5), "the hang")
-    src.execute("query-migrate", wait_s=0.5)
+    until(lambda: not src.execute("query-migrate", wait_s=2), "the hang")
+    src.execute("query-migrate", wait_s=2)
     src.kill()
     dst.status()
     dst.migration()
