@@ -62,7 +62,7 @@ def cli(ctx: click.Context, host: str | None, config: Path | None) -> None:
 
 
 @cli.command()
-@click.argument("domain")
+@options.domain_argument()
 @click.option("--to", "to", required=True, metavar="PEER", help="The host that holds the standby.")
 @options.delay_option(default="100ms", show_default=True)
 @click.option("--engine", type=click.Choice(get_args(api.EngineChoice)), default="auto", show_default=True)
@@ -116,7 +116,7 @@ def protect(
 
 
 @cli.command()
-@click.argument("domain")
+@options.domain_argument()
 @click.pass_obj
 def unprotect(session: _Session, domain: str) -> None:
     """End a protection; the domain goes on as it was before."""
@@ -125,7 +125,7 @@ def unprotect(session: _Session, domain: str) -> None:
 
 
 @cli.command()
-@click.argument("domain")
+@options.domain_argument()
 @options.override_options
 @click.pass_obj
 def failover(session: _Session, domain: str, force: bool, peer_is_off: bool, yes: bool) -> None:
@@ -134,7 +134,7 @@ def failover(session: _Session, domain: str, force: bool, peer_is_off: bool, yes
 
 
 @cli.command()
-@click.argument("domain")
+@options.domain_argument()
 @options.override_options
 @click.pass_obj
 def solo(session: _Session, domain: str, force: bool, peer_is_off: bool, yes: bool) -> None:
@@ -143,7 +143,7 @@ def solo(session: _Session, domain: str, force: bool, peer_is_off: bool, yes: bo
 
 
 @cli.command()
-@click.argument("domain")
+@options.domain_argument()
 @click.option("--accept-lost-data", is_flag=True, help="Your word where nobody can tell which host went on.")
 @click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 @click.pass_obj
@@ -172,7 +172,7 @@ def maintenance(session: _Session, on: str, for_shutdown: bool, timeout: float |
 
 
 @cli.command(name="set")
-@click.argument("domain")
+@options.domain_argument()
 @options.delay_option(required=True)
 @click.pass_obj
 def set_(session: _Session, domain: str, delay: int) -> None:
@@ -184,7 +184,7 @@ def set_(session: _Session, domain: str, delay: int) -> None:
 
 
 @cli.command()
-@click.argument("domain")
+@options.domain_argument()
 @click.option("--to", "to", required=True, metavar="PEER", help="The host that would hold the standby.")
 @options.delay_option(default="100ms", show_default=True)
 @click.option("--engine", type=click.Choice(get_args(api.EngineChoice)), default="auto", show_default=True)
@@ -225,7 +225,7 @@ def check(
 
 
 @cli.command()
-@click.argument("domain", required=False)
+@options.domain_argument(required=False)
 @click.option("--json", "as_json", is_flag=True, help="The agent's own object (docs/api.md).")
 @click.option("--watch", is_flag=True, help="Show it anew every second, until Ctrl-C.")
 @click.option(
@@ -257,7 +257,7 @@ def status(session: _Session, domain: str | None, as_json: bool, watch: bool, ch
 
 
 @cli.command()
-@click.argument("domain")
+@options.domain_argument()
 @click.option(
     "--for",
     "states",
@@ -276,7 +276,7 @@ def wait(session: _Session, domain: str, states: frozenset[str], timeout: float 
 
 
 @cli.command()
-@click.argument("domain", required=False)
+@options.domain_argument(required=False)
 @click.option("--follow", is_flag=True, help="Go on with new events as they come, until Ctrl-C.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
 @click.pass_obj
@@ -305,7 +305,7 @@ def peer_list(session: _Session) -> None:
 
 
 @cli.command()
-@click.argument("domain")
+@options.domain_argument()
 @click.option("--local", is_flag=True, help="Required: only this host is touched, the other is not asked.")
 @click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 @click.pass_obj
@@ -327,10 +327,20 @@ def agent(session: _Session) -> None:
     """Run this host's agent in the foreground (systemd's mcft-agent.service does)."""
     from mcft.config import DEFAULT_PATH
 
-    sys.exit(importlib.import_module("mcft.agent.main").main(session.config or DEFAULT_PATH))
+    start = importlib.import_module("mcft.agent.main").main
+    sys.exit(start(session.config or DEFAULT_PATH, must_exist=session.config is not None))
 
 
 # ---- what several commands share ----
+
+
+def _refuse_no_text(words: list[str]) -> None:
+    """Nothing that is named here may hold bytes that are no text: they could not be sent, nor shown."""
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise click.UsageError(f"{word!a} is not UTF-8: a name that mcft can send is text") from None
 
 
 def _need_command(ctx: click.Context) -> None:
@@ -348,6 +358,7 @@ def _every_second(text: Callable[[], str]) -> Iterator[str]:
 def main(args: list[str] | None = None) -> int:
     """Run the command line (args, or the process's own); the answer is the process's exit code."""
     try:
+        _refuse_no_text(sys.argv[1:] if args is None else args)
         result = cli.main(args, prog_name="mcft", standalone_mode=False)
     except errors.McftError as error:
         click.echo(f"mcft: {error}", err=True)

@@ -122,7 +122,7 @@ class Client:
         Raises `TimedOut`, `NotFound`, and `Failed` once the state is `failed`: it stays so by itself.
         """
         clock = _Deadline(timeout_s)
-        protection = self.status(domain).protections[0]
+        protection = self._once_begun(domain, clock)
         while protection.state not in wanted:
             if protection.state == "failed":
                 raise errors.Failed(
@@ -142,6 +142,18 @@ class Client:
             _patiently(clock, partial(self.events, domain, after, wait_s))
             protection = _patiently(clock, partial(self.status, domain)).protections[0]
         return protection
+
+    def _once_begun(self, domain: str, clock: _Deadline) -> api.Protection:
+        """A `protect` that was accepted looks first, for seconds where a host is silent; it may still refuse."""
+        while True:
+            try:
+                return self.status(domain).protections[0]
+            except errors.NotFound as error:
+                if error.code != "not-yet":
+                    raise
+                if clock.left_s() <= 0:
+                    raise errors.TimedOut("still-waiting", error.message, error.reason, error.next_step) from None
+            time.sleep(min(RETRY_S, max(clock.left_s(), 0.0)))
 
     def follow_events(self, domain: str | None = None, wait_s: float = ANSWER_S) -> Iterator[api.EventBody]:
         """Yield the journal and then every new line, until an agent stays away."""

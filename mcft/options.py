@@ -39,6 +39,17 @@ def states(text: str) -> frozenset[str]:
     return states
 
 
+def domain_argument(*, required: bool = True) -> Callable[[_F], _F]:
+    """DOMAIN. An empty word is none: `mcft wait "$VM"` with VM not set would mean another domain, or all."""
+
+    def named(_: click.Context, param: click.Parameter, value: str | None) -> str | None:
+        if value is not None and not value.strip():
+            raise click.BadParameter("the name is empty", param=param)
+        return value
+
+    return click.argument("domain", required=required, callback=named)
+
+
 def delay_option(**more: Any) -> Callable[[_F], _F]:
     read = quantity(units.parse_delay_ms)
     return click.option(

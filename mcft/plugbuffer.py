@@ -242,6 +242,7 @@ class PlugBuffer:
                     self.link.ask(wire.set_limit(wanted))
             except OSError as error:
                 self.broken = f"the plug of {line.ifb} takes no other limit: {error.strerror}"
+                self.by_qemus_end = not _there(line.tap)
                 return
             self.lines[number] = wanted
 

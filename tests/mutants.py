@@ -479,14 +479,39 @@ MUTANTS = [
         "gate.py::test_checkpoints_that_leave_the_guest_no_time_are_told",
     ),
     Mutant(
-        "a stretched period becomes the guest's delay", "mcft/agent/protection.py",
-        "await self._tell_standby(self.body.delay_ms, every_ms)", "await self._tell_standby(every_ms, every_ms)",
-        "asked.py::test_a_period_is_stretched_on_both_sides_and_the_delay_stays_as_asked",
+        "a stretched period becomes the guest's delay", "mcft/agent/pacing.py",
+        "await self._change(body.delay_ms, every_ms)", "await self._change(every_ms, every_ms)",
+        "pacing.py::test_a_period_is_stretched_on_both_sides_and_the_delay_stays_as_asked",
     ),
     Mutant(
-        "a word about the pace from before a longer delay counts", "mcft/agent/protection.py",
-        " or every_ms < self.body.delay_ms:", ":",
-        "asked.py::test_periods_take_turns_on_their_way_to_the_standby",
+        "a word about the pace from before a longer delay counts", "mcft/agent/pacing.py",
+        " or every_ms < body.delay_ms:", ":",
+        "pacing.py::test_a_word_from_before_a_longer_delay_is_void",
+    ),
+    Mutant(
+        "an instance that is over writes its body over the living one's", "mcft/agent/store.py",
+        "row is not None and instance_of(row[0]) == instance_of(body)", "row is not None",
+        "store.py::test_what_is_over_or_replaced_is_not_written_any_more",
+    ),
+    Mutant(
+        "a gate obeys another instance's agent", "mcft/gate/core.py",
+        'if request.get("pid", self.state.pid) != self.state.pid:', "if False:",
+        "gate.py::test_another_instances_agent_opens_nothing",
+    ),
+    Mutant(
+        "after a forced failover it is protected again by itself", "mcft/agent/standby.py",
+        "self.body.manual = reason if override else self.body.manual", "self.body.manual = self.body.manual",
+        "acts.py::test_after_an_operators_word_nothing_is_protected_by_itself",
+    ),
+    Mutant(
+        "a standby that must not take over is said to survive a loss", "mcft/agent/statusview.py",
+        'forbidden = "" if primary else gate.get("alarm", "")', 'forbidden = ""',
+        "statusview.py::test_a_standby_that_must_not_take_over_is_no_help",
+    ),
+    Mutant(
+        "a watcher goes by a shorter delay before QEMU does", "mcft/agent/pacing.py",
+        "patient_ms = max(was_ms, every_ms)", "patient_ms = every_ms",
+        "pacing.py::test_a_shorter_delay_is_gone_by_by_no_watcher_before_qemu_has_it",
     ),
     Mutant(
         "opening while protected", "mcft/gate/primary.py",

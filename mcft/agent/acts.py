@@ -34,7 +34,12 @@ class Acts:
         """Refuse what can be refused now; the rest is a job. Raises: NotFound, Refused."""
         if verb == "unprotect" and not any(domain in (lf.body.domain, lf.body.uuid) for lf in self.core.lives.values()):
             info = await self.site.host.info(domain)
-            return self.site.jobs.start(verb, info.name, done("not protected"), request.key)
+            looks = self.site.jobs.running(info.name)
+            if looks is None or looks.kind != "protect":
+                return self.site.jobs.start(verb, info.name, done("not protected"), request.key)
+            await self.site.jobs.cancelled(looks.id)
+            if not any(info.uuid == lf.body.uuid for lf in self.core.lives.values()):
+                return self.site.jobs.start(verb, info.name, done("the protecting was cancelled"), request.key)
         life = self.core.find(domain)
         if verb == "start":
             return coldstart.begin(self.core, life, request)

@@ -67,7 +67,7 @@ class Copy(Life):
 
     async def _intend(self) -> None:
         self.to_state("preparing")
-        await self.save()
+        await self.save(anew=True)
         await self.record(Kind.PREPARING)
 
     async def _forget(self) -> None:

@@ -165,6 +165,10 @@ class Core:
         for life in self.lives.values():
             if domain in (life.body.domain, life.body.uuid):
                 return life
+        running = self.jobs.running(domain)
+        if running is not None and running.kind == "protect":
+            why = f"it is being looked at ({running.step})"
+            raise NotFound("not-yet", f"'{domain}' is not protected yet", why, f"mcft wait {domain} --for protected")
         raise NotFound("not-protected", f"no protection of '{domain}' on this host", "", f"mcft protect {domain} --to PEER")
 
     async def status(self, domain: str | None) -> api.Status:
@@ -239,7 +243,13 @@ class Core:
         if request.delay_ms is not None:
             if not DELAY_MIN_MS <= request.delay_ms <= DELAY_MAX_MS:
                 raise Usage("bad-delay", f"a delay of {request.delay_ms} ms is out of range", "it must be 10ms to 10s")
-            await life.set_delay(request.delay_ms)
+            running = self.jobs.running(life.body.domain)
+            if running is not None and running.kind == "protect" and life.body.state != "protected":
+                raise Refused(
+                    "busy", f"{life.body.domain} is being protected", "its hosts would go by different delays",
+                    f"mcft wait {life.body.domain} --for protected; then again",
+                )  # fmt: skip
+            await life.pacing.set_delay(request.delay_ms)
         return await self._view(life)
 
     # ---- what the other agent asks ----

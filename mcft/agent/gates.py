@@ -25,8 +25,8 @@ def unit(uuid: str) -> str:
 class GateLink:
     """One gate. on_note(kind, fields) is called for every note, and with ("connected", status) at each connection."""
 
-    def __init__(self, run_dir: str, uuid: str, on_note: Notes) -> None:
-        self.uuid, self._on_note = uuid, on_note
+    def __init__(self, run_dir: str, uuid: str, pid: str, on_note: Notes) -> None:
+        self.uuid, self.pid, self._on_note = uuid, pid, on_note
         self.state_path, self.socket_path = gate_state.paths(run_dir, uuid)
         self._writer: asyncio.StreamWriter | None = None
         self._waiting: dict[int, asyncio.Future[Any]] = {}
@@ -104,7 +104,7 @@ class GateLink:
         self._serial += 1
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._waiting[self._serial] = future
-        self._writer.write(json.dumps({"id": self._serial, "do": do, **fields}).encode() + b"\n")
+        self._writer.write(json.dumps({"id": self._serial, "do": do, "pid": self.pid, **fields}).encode() + b"\n")
         try:
             return await asyncio.wait_for(future, timeout_s)
         except TimeoutError:
@@ -113,7 +113,7 @@ class GateLink:
     def tell(self, do: str, **fields: Any) -> None:
         """A request that is not answered; a gate that is not there is not told."""
         if self._writer is not None:
-            self._writer.write(json.dumps({"id": NO_ANSWER, "do": do, **fields}).encode() + b"\n")
+            self._writer.write(json.dumps({"id": NO_ANSWER, "do": do, "pid": self.pid, **fields}).encode() + b"\n")
 
     async def insist(self, do: str, timeout_s: float = 10.0, **fields: Any) -> Any:
         """`ask`, again and again while the gate is away: systemd restarts it.
@@ -140,6 +140,11 @@ class GateLink:
             return gate_state.load(self.state_path)
         except (OSError, ValueError):
             return None
+
+    def stands(self) -> bool:
+        """Whether a gate of this very instance is there, or a state file that can't be read."""
+        state = self.load_state()
+        return state.pid == self.pid if state is not None else os.path.exists(self.state_path)
 
     async def end(self) -> None:
         """Tell it to quit, stop its unit, forget its state. Nothing of it is left; none running is fine."""

@@ -40,7 +40,7 @@ class Life:
     def __init__(self, site: Site, body: model.Body, ledger: Ledger) -> None:
         self.site, self.body, self.ledger = site, body, ledger
         self.qmp = Qmp(site.host, body.uuid)
-        self.gate = GateLink(str(site.config.run_dir), body.uuid, self._note)
+        self.gate = GateLink(str(site.config.run_dir), body.uuid, body.pid, self._note)
         self._colo = Colo()
         self.arbiter = Arbitration(self)
         self.gate_status: dict[str, Any] = {}
@@ -70,9 +70,13 @@ class Life:
 
     # ---- durable ----
 
-    async def save(self) -> None:
-        """Make the body durable."""
-        await self.site.store.save(self.body.uuid, self.body.domain, model.encode(self.body))
+    async def save(self, *, anew: bool = False) -> None:
+        """Make the body durable. anew: this instance takes the place of what was saved; else, once it is over or replaced,
+        what it still had to say is not kept (an arbiter's late answer would bring it back, over the one that is protected)."""
+        if anew:
+            await self.site.store.save(self.body.uuid, self.body.domain, model.encode(self.body))
+        elif not await self.site.store.update(self.body.uuid, model.encode(self.body)):
+            log.info("%s: instance %s is over, its body is not kept", self.body.domain, self.body.pid)
 
     async def record(self, kind: Kind, g: int | None = None, detail: str = "") -> None:
         """Write a record; when it returns it is on disk and in the ledger. One at a time: each is checked against all

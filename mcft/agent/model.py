@@ -118,10 +118,12 @@ class SetDelay(About, frozen=True):
     """`mcft set --delay`, told to the standby: its watcher goes by it, and its body takes it along.
 
     period_ms: what QEMU goes by for now, where mcft has stretched the delay (`gate/pace.py`); for the watcher alone.
+    told_at_ms: by the primary's clock since its boot: on two links an older word may arrive after a newer one.
     """
 
     delay_ms: int = 100
     period_ms: int = 0
+    told_at_ms: float = 0.0
 
 
 class Records(msgspec.Struct, frozen=True):

@@ -65,7 +65,7 @@ class Outcomes(Setup):
 
     def _has_gate(self) -> bool:
         """Not so where the write of arming(g) failed and was on the disk all the same: its set-up was undone, nothing is held."""
-        return os.path.exists(self.gate.state_path)
+        return self.gate.stands()
 
     async def _leave(self) -> None:
         """QEMU goes on alone: read back that it runs. Raises: Failed."""

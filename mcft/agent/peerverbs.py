@@ -139,7 +139,7 @@ class PeerVerbs:
         except Remains:
             # (libvirt was away, say, and has started the copy all the same.)
             fresh.repeat_undo(lambda: self._undo(fresh, life), f"undo the copy of {request.domain}")
-            await fresh.save()  # (an agent that is restarted meanwhile goes on with it: `Copy.cut_off`)
+            await fresh.save(anew=True)  # (an agent that is restarted meanwhile goes on with it: `Copy.cut_off`)
             raise
         except BaseException:
             await self._put_back(fresh, life)
@@ -156,7 +156,7 @@ class PeerVerbs:
         self.core.gone(fresh)
         if before is not None:
             self.core.lives[fresh.body.uuid] = before
-            await before.save()
+            await before.save(anew=True)
             self.site.markers.ban(fresh.body.uuid, "restored after a failed protect")
 
     async def _check(self, peer: str, body: bytes) -> msgspec.Struct:
@@ -262,7 +262,7 @@ class PeerVerbs:
     async def _set_delay(self, peer: str, body: bytes) -> msgspec.Struct:
         _, life = self._instance(peer, body)
         told = msgspec.json.decode(body, type=model.SetDelay)
-        return await life.set_delay(told.delay_ms, told.period_ms)
+        return await life.set_delay(told)
 
     async def _start(self, peer: str, body: bytes) -> msgspec.Struct:
         return await coldstart.answer(self.core, peer, body)

@@ -14,17 +14,13 @@ from mcft.agent import model
 from mcft.agent.decisions import PULL_EVERY_S, Deciding
 from mcft.agent.life import AT_REST_WITHIN_S
 from mcft.agent.model import peer_ledger
+from mcft.agent.pacing import Pacing
 from mcft.agent.setup import STANDBYS_SIDE, OnStep
 from mcft.agent.setup import make_body as make_body
 from mcft.agent.site import log
-from mcft.engines.mc import Mc
-from mcft.errors import Failed, McftError, NotFound, Refused, Unreachable
+from mcft.errors import Failed, McftError, Refused, Unreachable
 from mcft.gate.loop import boottime_ms
-from mcft.gate.pace import LEAST_SHARE
 from mcft.generations import UNDECIDED, Kind
-from mcft.units import format_duration_ms
-
-SET_WITHIN_S = 5.0
 
 
 class Primary(Deciding):
@@ -34,11 +30,11 @@ class Primary(Deciding):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._pacing = asyncio.Lock()  # two periods that crossed on their way would leave the standby with the older one
+        self.pacing = Pacing(self)
 
     def on_note(self, kind: str, fields: dict[str, Any]) -> None:
         if kind == "pace":
-            pace = self.keep_pace(round(fields["period_ms"]), fields["pause_ms"], fields["share"])
+            pace = self.pacing.keep(round(fields["period_ms"]), fields["pause_ms"], fields["share"])
             self.site.spawn(pace, f"keep {self.body.domain}'s pace")
         else:
             super().on_note(kind, fields)
@@ -191,66 +187,6 @@ class Primary(Deciding):
                 return
             await asyncio.sleep(PULL_EVERY_S)
 
-    async def set_delay(self, delay_ms: int) -> None:
-        """At run time, read back from QEMU. Raises: Unreachable, and nothing is changed, if the standby can't be told."""
-        async with self._pacing:
-            if self.body.state == "protected":
-                await self._tell_standby(delay_ms)
-            self.body.delay_ms = delay_ms
-            await self.save()
-            if self.body.state == "protected" and self.body.engine == "mc":
-                await self._set_mc_delay(delay_ms)
-            elif self.body.state == "protected":
-                await self._set_period(delay_ms)
-
-    async def _set_period(self, every_ms: int) -> None:
-        """What the gate's watcher and QEMU go by, read back from QEMU; longer than the delay where mcft stretched it."""
-        delay_ms = self.body.delay_ms
-        await self.gate.ask("update", delay_ms=float(delay_ms), period_ms=float(every_ms if every_ms > delay_ms else 0))
-        await self.gate.qmp([{"execute": "migrate-set-parameters", "arguments": {"x-checkpoint-delay": every_ms}}])
-        replies = await self.gate.qmp([{"execute": "query-migrate-parameters"}])
-        found = replies[0].get("return", {}).get("x-checkpoint-delay")
-        if found != every_ms:
-            raise Failed("set", f"QEMU took {found} ms instead of {every_ms} ms as its delay")
-
-    async def keep_pace(self, every_ms: int, pause_ms: float, share: float) -> None:
-        """The gate's word that checkpoints leave the guest too little time at the period they have, or need it no more.
-
-        Nothing is changed if the standby can't be told; the gate says it again some checkpoints later. A word from before a
-        longer delay was set is void.
-        """
-        async with self._pacing:
-            if self.body.state != "protected" or self.ledger.newest is not Kind.PROTECTED or every_ms < self.body.delay_ms:
-                return
-            try:
-                await self._tell_standby(self.body.delay_ms, every_ms)
-                await self._set_period(every_ms)
-            except McftError as error:
-                log.warning("%s: checkpoints stay as far apart as they were: %s", self.body.domain, error)
-                return
-        took, every = format_duration_ms(pause_ms), format_duration_ms(every_ms)
-        if every_ms > self.body.delay_ms:
-            why = f"a checkpoint takes {took}, and the guest ran {share:.0%} of the time"
-            level = "warning" if share < LEAST_SHARE else "info"  # (better than before, not as asked for yet)
-            self.event("pace", f"{why}: one every {every} now, not {format_duration_ms(self.body.delay_ms)}", level)
-        else:
-            self.event("pace", f"a checkpoint takes {took}: one every {every} again, as asked for")
-
-    async def _tell_standby(self, delay_ms: int, period_ms: int = 0) -> None:
-        """First: with the old one it would wait too shortly for a checkpoint, and after a take-over the guest had it back."""
-        body = self.body
-        told = model.SetDelay(body.uuid, body.pid, body.g, body.domain, delay_ms=delay_ms, period_ms=period_ms)
-        try:
-            await self.site.ask(body.peer, "set-delay", told, model.Answer, SET_WITHIN_S)
-        except NotFound as error:  # an older mcft
-            self.event("delay", f"{body.peer} does not know the new delay, a take-over goes by the old: {error}", "warning")
-
-    async def _set_mc_delay(self, delay_ms: int) -> None:
-        """That QEMU does not tell its delay; its answer is all there is. It applies after the sleep that is under way."""
-        command, arguments = await Mc().set_delay_command(self.qmp, delay_ms)
-        await self.qmp.execute(command, **arguments)
-        await self.gate.ask("update", delay_ms=float(delay_ms))
-
     # ---- the agent was restarted ----
 
     async def adopt(self) -> None:
@@ -303,7 +239,9 @@ class Primary(Deciding):
         if status["closed"] or status["verdict"] or self.arbiter.pending:
             reason = (status["verdict"] or {}).get("reason", "the gate is closed")
             self.decide(lambda: self._resolve(reason), "resolve")
-        elif self.body.state in ("preparing", "syncing", "resyncing"):
-            self.to_state("protected")
-            await self.save()
+        else:
+            if self.body.state in ("preparing", "syncing", "resyncing"):
+                self.to_state("protected")
+                await self.save()
+            self.site.spawn(self.pacing.in_line(), f"bring {self.body.domain}'s delay in line")
         self.body.next_try_boottime_ms = min(self.body.next_try_boottime_ms, boottime_ms())

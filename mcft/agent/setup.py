@@ -72,7 +72,7 @@ class Setup(Life):
 
     async def _intend(self) -> None:
         self.to_state("preparing")
-        await self.save()
+        await self.save(anew=True)
         await self.record(Kind.PREPARING)
 
     async def _ban(self) -> None:

@@ -30,6 +30,7 @@ class Standby(Copy):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
+        self._delay_told_at_ms = 0.0
         self._letting_go = asyncio.Lock()  # of giving up and claiming, the one that begins first excludes the other
         self._broken = ""  # why this copy is not whole; its record waits while a claim of its own is under way
 
@@ -102,11 +103,16 @@ class Standby(Copy):
         self.to_state("lost", f"gave up: {self.body.peer} goes on without this copy")
         self.site.spawn(self._clean_up(), f"clean up {self.body.domain}")
 
-    async def set_delay(self, delay_ms: int, period_ms: int = 0) -> model.Answer:
-        """The primary's delay is another from now on; a take-over goes on with it, but not with a period that was stretched."""
-        self.body.delay_ms = delay_ms
-        await self.save()
-        await self.gate.ask("update", delay_ms=float(delay_ms), period_ms=float(period_ms))
+    async def set_delay(self, told: model.SetDelay) -> model.Answer:
+        """The primary's delay is another from now on; a take-over goes on with it, but not with a period that was stretched.
+
+        A word that was overtaken by a newer one changes nothing.
+        """
+        if told.told_at_ms >= self._delay_told_at_ms:
+            self._delay_told_at_ms = told.told_at_ms
+            self.body.delay_ms = told.delay_ms
+            await self.save()
+            await self.gate.ask("update", delay_ms=float(told.delay_ms), period_ms=float(told.period_ms))
         return self._stands()
 
     async def _note_primarys_disk(self, why: str) -> None:
@@ -292,6 +298,7 @@ class Standby(Copy):
                 return
             peer_closed = peer_closed or self.body.arbiter == "fence"  # it is off, or has let go
             self.body.overlays_g = self.body.g
+            self.body.manual = reason if override else self.body.manual  # nothing is protected by itself after that
             self.arbiter.forget_resolved()
             try:
                 await self.record(Kind.TAKEN, detail=reason)

@@ -48,7 +48,9 @@ def protection(
     g = ledger.owned if ledger.spoken else body.g
     agreed = ledger.newest in (Kind.PROTECTED, Kind.ARMED) and not (primary and gate.get("closed"))
     alone = ledger.spoken or ledger.newest is Kind.ENDED
-    whole = body.state == "protected" and agreed and not gate.get("disk_error") and gate.get("verdict") is None
+    # The standby's watcher sees what forbids a take-over (its own LAN does not answer, say).
+    forbidden = "" if primary else gate.get("alarm", "")
+    whole = body.state == "protected" and agreed and not gate.get("disk_error") and gate.get("verdict") is None and not forbidden
     following = whole and bool(gate) and (gate.get("lease") if primary else gate.get("loads", 0) > 0)
     unsafe = ["output leaves unbuffered (--netbuffer none)"] if primary and body.buffer_asked == "none" else []
     if primary and body.buffer == "qemu" and body.engine == "mc":
@@ -59,6 +61,8 @@ def protection(
     reason = body.reason or None
     if body.state == "protected" and not gate:
         reason = "the gate does not answer; systemd restarts it"
+    elif body.state == "protected" and forbidden:
+        reason = f"it can't take over now: {forbidden}"
     return api.Protection(
         domain=body.domain, uuid=body.uuid, instance=body.pid, role=body.role, peer=body.peer, engine=body.engine,
         state=body.state, reason=reason, next_step=next_step(body, host, guest_running, in_maintenance),

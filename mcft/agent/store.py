@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
+
 from mcft import api
 from mcft.agent import storefile
 from mcft.agent.events import EventFile, utc_now
@@ -108,6 +110,18 @@ class Store:
         """Write or replace a protection."""
         await self._write("INSERT OR REPLACE INTO protection VALUES (?, ?, ?)", uuid, domain, body)
 
+    async def update(self, uuid: str, body: bytes) -> bool:
+        """Write the newer body of a protection. False, and nothing written, if it is over, or another instance's is saved."""
+
+        def work() -> bool:
+            with self._transaction() as db:
+                mine = _is_saved(db, uuid, body)
+                if mine:
+                    db.execute("UPDATE protection SET body = ? WHERE uuid = ?", (body, uuid))
+            return mine
+
+        return await self._run(work)
+
     async def delete(self, uuid: str) -> None:
         """Forget a protection; its generation and its records stay for ever."""
         await self._write("DELETE FROM protection WHERE uuid = ?", uuid)
@@ -122,7 +136,8 @@ class Store:
         detail: str = "",
         body: bytes | None = None,
     ) -> bool:
-        """Write records, and the new `body` of the protection (saved before), in one transaction.
+        """Write records, and the new `body` of the protection (saved before), in one transaction. Where another instance's
+        is saved by now, that one stays.
 
         True if at least one was new. False, and nothing written (nor `body`), if all were there already.
         """
@@ -209,6 +224,28 @@ class Store:
             storefile.top_up(db, self.path)
 
 
+class _Whose(msgspec.Struct):
+    """Of a body: whose it is."""
+
+    pid: str
+
+
+def instance_of(body: bytes) -> str:
+    """The pid in a body; empty where there is none."""
+    try:
+        return msgspec.json.decode(body, type=_Whose).pid
+    except msgspec.MsgspecError:
+        return ""
+
+
+def _is_saved(db: sqlite3.Connection, uuid: str, body: bytes) -> bool:
+    """Whether the row of this domain is of the same instance as this body."""
+    row = db.execute("SELECT body FROM protection WHERE uuid = ?", (uuid,)).fetchone()
+    return row is not None and instance_of(row[0]) == instance_of(body)
+
+
 def _update_body(db: sqlite3.Connection, uuid: str, body: bytes) -> None:
-    if not db.execute("UPDATE protection SET body = ? WHERE uuid = ?", (body, uuid)).rowcount:
+    if _is_saved(db, uuid, body):
+        db.execute("UPDATE protection SET body = ? WHERE uuid = ?", (body, uuid))
+    elif db.execute("SELECT 1 FROM protection WHERE uuid = ?", (uuid,)).fetchone() is None:
         raise Failed("store-write", f"no protection {uuid} is saved, so its records were not written either")

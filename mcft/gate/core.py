@@ -343,6 +343,8 @@ class Gate:
     # ---- the agent's requests ----
 
     def _request(self, do: str, request: dict[str, Any], answer: Answer) -> None:
+        if request.get("pid", self.state.pid) != self.state.pid:
+            raise Denied(f"this gate is of another instance ({self.state.pid}) of {self.state.domain}")
         handler = self._handlers.get(do)
         if handler is None:
             raise Denied(f"this gate ({self.state.role}) knows no request '{do}'")

@@ -17,7 +17,7 @@ from mcft.agent.jobs import Jobs
 from mcft.agent.peers import PeerLink
 from mcft.agent.ports import Ports
 from mcft.agent.site import Site
-from mcft.agent.store import Record, StoredProtection
+from mcft.agent.store import Record, StoredProtection, instance_of
 from mcft.config import Config, Peer
 from mcft.errors import Failed, McftError
 from tests.sim import aio
@@ -86,6 +86,19 @@ class SimStore:
 
         await self._run(work, write=True)
 
+    def _is_saved(self, uuid: str, body: bytes) -> bool:
+        saved = self._disk["protection"].get(uuid)
+        return saved is not None and instance_of(saved[1]) == instance_of(body)
+
+    async def update(self, uuid: str, body: bytes) -> bool:
+        def work() -> bool:
+            mine = self._is_saved(uuid, body)
+            if mine:
+                self._disk["protection"][uuid] = (self._disk["protection"][uuid][0], body)
+            return mine
+
+        return await self._run(work, write=True)
+
     async def delete(self, uuid: str) -> None:
         await self._run(lambda: self._disk["protection"].pop(uuid, None), write=True)
 
@@ -107,7 +120,8 @@ class SimStore:
                 if body is not None:
                     if uuid not in self._disk["protection"]:
                         raise Failed("store-write", f"no protection {uuid} is saved, so its records were not written either")
-                    self._disk["protection"][uuid] = (self._disk["protection"][uuid][0], body)
+                    if self._is_saved(uuid, body):
+                        self._disk["protection"][uuid] = (self._disk["protection"][uuid][0], body)
             return new > 0
 
         return await self._run(work, write=True)

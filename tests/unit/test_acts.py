@@ -1,7 +1,8 @@
-"""A failover that can't be refuses before anybody is asked. Site and life are FAKES; `acts` and the ledger are real."""
+"""What operators ask, where it meets what is under way. Site and lives are FAKES; `acts`, jobs and ledger are real."""
 
 from __future__ import annotations
 
+import asyncio
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,8 +10,11 @@ import pytest
 
 from mcft import api
 from mcft.agent.acts import Acts
+from mcft.agent.core import Core
+from mcft.agent.jobs import JobHandle, Jobs
+from mcft.agent.protection import Primary
 from mcft.agent.standby import Standby
-from mcft.errors import Refused
+from mcft.errors import NotFound, Refused
 from mcft.generations import Kind, Ledger, Record
 
 
@@ -30,3 +34,90 @@ async def test_a_copy_that_is_not_whole_is_not_taken_over_and_nobody_is_asked(re
     with pytest.raises(Refused) as refused:
         await Acts(core)._failover(life, api.ActRequest(force=True, peer_is_off=True), job)
     assert refused.value.code == "not-whole" and "mcft start vm1" in refused.value.next_step
+
+
+async def looking(jobs: Jobs) -> api.JobBody:
+    """A `protect` that was accepted and looks at the domain and its peer: nothing of it is there yet."""
+
+    async def work(job: JobHandle) -> str:
+        job.step("look at the domain and at the peer")
+        await asyncio.Event().wait()
+        return ""
+
+    job = jobs.start("protect", "vm1", work)
+    while not jobs.running("vm1").step:  # type: ignore[union-attr]
+        await asyncio.sleep(0)
+    return job
+
+
+def core_with(jobs: Jobs, *lives: Any) -> Any:
+    async def info(_domain: str) -> Any:
+        return SimpleNamespace(uuid="u", name="vm1")
+
+    core: Any = object.__new__(Core)
+    core.site = SimpleNamespace(jobs=jobs, host=SimpleNamespace(info=info))
+    core.lives = {life.body.uuid: life for life in lives}
+    return core
+
+
+async def test_a_protect_that_still_looks_can_be_cancelled_and_is_not_unknown() -> None:
+    """Fails if `unprotect` is told to cancel it (which the command line can't), or `wait` that there is no such protection."""
+    jobs = Jobs()
+    job, core = await looking(jobs), core_with(jobs)
+    with pytest.raises(NotFound) as unknown:
+        core.find("vm1")
+    assert unknown.value.code == "not-yet" and "being looked at" in str(unknown.value)
+    done = await Acts(core).begin("vm1", "unprotect", api.ActRequest())
+    assert (await jobs.ended(done.id)).result == "the protecting was cancelled"
+    assert (await jobs.wait(job.id)).state == "cancelled"
+    with pytest.raises(NotFound) as unknown:
+        core.find("vm1")
+    assert unknown.value.code == "not-protected"
+
+
+@pytest.mark.parametrize("state", ["syncing", "solo"])
+async def test_a_delay_is_not_set_while_its_domain_is_being_protected(state: str) -> None:
+    """Fails if QEMU gets the new one, and both watchers keep that of the request; or if it is lost, and answered with 0."""
+    jobs, told = Jobs(), []
+
+    async def set_delay(delay_ms: int) -> None:
+        told.append(delay_ms)
+
+    life: Any = object.__new__(Primary)
+    life.body = SimpleNamespace(uuid="u", domain="vm1", role="primary", state=state)
+    life.pacing = SimpleNamespace(set_delay=set_delay)
+    core = core_with(jobs, life)
+    core._view = lambda _life: asyncio.sleep(0)
+    await looking(jobs)
+    with pytest.raises(Refused, match="being protected"):
+        await core.set("vm1", api.SetRequest(delay_ms=5000))
+    assert not told
+    life.body.state = "protected"  # (the job's very end)
+    await core.set("vm1", api.SetRequest(delay_ms=5000))
+    assert told == [5000]
+    await jobs.close()
+
+
+@pytest.mark.parametrize("override", [True, False])
+async def test_after_an_operators_word_nothing_is_protected_by_itself(override: bool) -> None:
+    """`mcft failover --force --peer-is-off`: what the other host's disk holds is the operator's to judge.
+
+    Fails if `Again` may write over it as soon as that host is back.
+    """
+    recorded: list[str] = []
+
+    async def record(kind: Kind, *_: Any, **__: Any) -> None:
+        recorded.append(life.body.manual)
+        raise Refused("stop", "far enough")
+
+    async def win(*_: Any) -> bool:
+        return True
+
+    life: Any = object.__new__(Standby)
+    life.ledger = Ledger("p", "standby", 3, [Record(3, kind) for kind in (Kind.PREPARING, Kind.ARMED)])
+    life.body = SimpleNamespace(g=3, domain="vm1", arbiter="etcd", manual="", overlays_g=0)
+    life._broken, life.record, life._win = "", record, win
+    life.arbiter = SimpleNamespace(forget_resolved=lambda: None)
+    with pytest.raises(Refused, match="far enough"):
+        await life._take("the operator's word", False, override=override)
+    assert recorded == ["the operator's word" if override else ""]

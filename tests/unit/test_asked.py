@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,11 +11,9 @@ import pytest
 from mcft import api
 from mcft.agent import copy, model
 from mcft.agent.again import Again
-from mcft.agent.protection import Primary
 from mcft.config import Config, Peer
 from mcft.diskreplica import Disk
-from mcft.errors import NotFound, Unreachable
-from mcft.generations import Kind, Ledger
+from mcft.generations import Ledger
 
 ASKED = model.Asked("colo", "filter", "off", "etcd", True)
 
@@ -78,105 +75,3 @@ def test_an_older_primary_says_nothing_of_it() -> None:
     """Version N-1 sends no `asked`. Fails if that is an error."""
     body = standby(model.Asked())
     assert (body.arbiter_asked, body.engine_asked, body.buffer_asked) == (None, "auto", "auto")
-
-
-def primary(ask: Any) -> tuple[Any, list[str]]:
-    """A protected primary, its gate and QEMU at once with what they are told; what it says."""
-    said: list[str] = []
-
-    async def nothing(*_words: Any, **_named: Any) -> None: ...
-
-    async def qmp(_commands: Any) -> list[dict[str, Any]]:
-        return [{"return": {"x-checkpoint-delay": 250}}]
-
-    life: Any = object.__new__(Primary)
-    life._pacing = asyncio.Lock()
-    life.body = SimpleNamespace(
-        uuid="u", pid="p", g=1, domain="vm1", peer="host2", state="protected", engine="colo", delay_ms=100
-    )
-    life.site = SimpleNamespace(ask=ask)
-    life.save, life.gate = nothing, SimpleNamespace(ask=nothing, qmp=qmp)
-    life.event = lambda _kind, text, _level="": said.append(text)
-    return life, said
-
-
-async def test_a_new_delay_is_told_to_the_standby() -> None:
-    """Fails if only the primary knows it: after a take-over the guest had the old one back."""
-    told: list[Any] = []
-
-    async def ask(peer: str, verb: str, words: Any, *_more: Any) -> model.Answer:
-        told.append((peer, verb, words.delay_ms, words.pid))
-        return model.Answer("armed")
-
-    life, said = primary(ask)
-    await life.set_delay(250)
-    assert told == [("host2", "set-delay", 250, "p")] and life.body.delay_ms == 250 and not said
-
-
-async def test_a_period_is_stretched_on_both_sides_and_the_delay_stays_as_asked() -> None:
-    """Fails if the standby's watcher does not know it, or the guest had it as its delay after a take-over."""
-    told: list[Any] = []
-
-    async def ask(_peer: str, _verb: str, words: Any, *_more: Any) -> model.Answer:
-        told.append((words.delay_ms, words.period_ms))
-        return model.Answer("armed")
-
-    life, said = primary(ask)
-    life.ledger = SimpleNamespace(newest=Kind.PROTECTED)
-    await life.keep_pace(250, 125.0, 0.03)
-    assert told == [(100, 250)] and life.body.delay_ms == 100
-    assert said == ["a checkpoint takes 125 ms, and the guest ran 3% of the time: one every 250 ms now, not 100 ms"]
-
-
-async def test_periods_take_turns_on_their_way_to_the_standby() -> None:
-    """The standby has not heard of a stretched period yet when `mcft set --delay` comes, and another word of the gate's.
-
-    Fails if one overtakes another: the standby's watcher would go by the older. Nor may a word from before a longer delay count.
-    """
-    told, heard = [], asyncio.Event()
-
-    async def ask(_peer: str, _verb: str, words: Any, *_more: Any) -> model.Answer:
-        if words.period_ms == 250:
-            await heard.wait()
-        told.append((words.delay_ms, words.period_ms))
-        return model.Answer("armed")
-
-    life, _ = primary(ask)
-    life.ledger = SimpleNamespace(newest=Kind.PROTECTED)
-    asked = [life.keep_pace(250, 125.0, 0.03), life.set_delay(300), life.keep_pace(240, 120.0, 0.4)]
-    tasks = [asyncio.create_task(one) for one in asked]
-    for _ in range(20):
-        await asyncio.sleep(0)  # as far as each can come
-    assert not told
-    heard.set()
-    await asyncio.gather(*tasks, return_exceptions=True)  # (this QEMU says 250 whatever it is set to)
-    assert told == [(100, 250), (300, 0)] and life.body.delay_ms == 300
-
-
-async def test_a_period_stays_where_the_standby_can_not_be_told() -> None:
-    async def ask(*_words: Any) -> model.Answer:
-        raise Unreachable("peer", "host2 did not answer (set-delay)")
-
-    life, said = primary(ask)
-    life.ledger, life.gate = SimpleNamespace(newest=Kind.PROTECTED), None  # whoever asks the gate now fails
-    await life.keep_pace(250, 125.0, 0.03)
-    assert not said
-
-
-async def test_a_standby_that_can_not_be_told_leaves_the_delay_as_it_was() -> None:
-    async def ask(*_words: Any) -> model.Answer:
-        raise Unreachable("peer", "host2 did not answer (set-delay)")
-
-    life, _ = primary(ask)
-    with pytest.raises(Unreachable):
-        await life.set_delay(250)
-    assert life.body.delay_ms == 100
-
-
-async def test_an_older_standby_is_told_of_in_an_event() -> None:
-    async def ask(*_words: Any) -> model.Answer:
-        raise NotFound("no-such-verb", "this agent knows no 'set-delay'")
-
-    life, said = primary(ask)
-    await life.set_delay(250)
-    assert life.body.delay_ms == 250 and "does not know the new delay" in said[0]

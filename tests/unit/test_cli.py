@@ -347,8 +347,8 @@ def test_forget_is_local_and_confirmed(run: Run, monkeypatch: pytest.MonkeyPatch
 def test_agent_gets_the_configurations_path(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     class Room:
         @staticmethod
-        def main(path: Path) -> int:
-            assert path == Path("/x.toml")
+        def main(path: Path, *, must_exist: bool) -> int:
+            assert path == Path("/x.toml") and must_exist, "by a name that is mistyped a host would start without peers"
             return 7
 
     monkeypatch.setitem(sys.modules, "mcft.agent.main", Room)  # type: ignore[arg-type]
@@ -356,6 +356,19 @@ def test_agent_gets_the_configurations_path(run: Run, monkeypatch: pytest.Monkey
 
 
 # ---- words, codes, speed ----
+
+
+@pytest.mark.parametrize("verb", ["wait", "status", "unprotect", "failover", "events"])
+def test_an_empty_name_is_nobodys(run: Run, verb: str) -> None:
+    """`mcft wait "$VM"`, VM not set. Fails if that waits for the first protection of all."""
+    code, _, err = run(verb, "")
+    assert code == 2 and "empty" in err
+
+
+def test_bytes_that_are_no_text_are_told_of(run: Run) -> None:
+    """Fails with a traceback: they can neither be sent nor shown."""
+    code, _, err = run("status", "\udcff")
+    assert code == 2 and "UTF-8" in err
 
 
 @pytest.mark.parametrize(

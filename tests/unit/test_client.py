@@ -139,6 +139,15 @@ def test_waiting_for_a_state(agent: FakeAgent, here: client.Client) -> None:
     assert agent.asked[1][1]["after"] == "7"
 
 
+def test_waiting_for_a_protect_that_still_looks(agent: FakeAgent, here: client.Client) -> None:
+    """As `protect --no-wait` tells one to. Fails if that is taken for a domain that nobody protects."""
+    agent.refuse("GET /v1/status", errors.NotFound("not-yet", "'vm1' is not protected yet"), 404)
+    with pytest.raises(errors.TimedOut, match="not protected yet"):
+        here.wait_state("vm1", frozenset({"protected"}), 0.0)
+    agent.say("GET /v1/status", status(changed(state="protected")))
+    assert here.wait_state("vm1", frozenset({"protected"})).state == "protected"
+
+
 def test_waiting_ends_with_a_failed_protection(agent: FakeAgent, here: client.Client) -> None:
     agent.say("GET /v1/status", status(changed(state="failed", reason="the disk is full")))
     with pytest.raises(errors.Failed, match="the disk is full"):

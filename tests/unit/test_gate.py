@@ -373,6 +373,18 @@ def test_two_agents_at_once_and_one_after_the_other(primary: GateLab) -> None:
         three.ask("take")
 
 
+def test_another_instances_agent_opens_nothing(primary: GateLab) -> None:
+    """An agent that goes on with an older instance of the domain finds this gate by the uuid alone.
+
+    Fails if its `solo` is taken for this one's: both hosts' guests would speak.
+    """
+    agent = protected(primary)
+    with pytest.raises(RuntimeError, match="another instance"):
+        agent.ask("open", because="solo", pid="0" * 32)
+    assert primary.saved().mode == "hold"
+    assert agent.ask("status", pid=primary.saved().pid)["record"] == "protected"
+
+
 def test_qmp_of_the_agent_and_quit(primary: GateLab) -> None:
     agent = primary.start()
     commands = [{"execute": "query-status"}, {"execute": "cont"}]

@@ -24,7 +24,7 @@ PRIMARY_GATE: dict[str, Any] = {
     "nics": [{"target": "vnet0", "held_packets": 3, "held_bytes": 412, "dropped": 0, "ifb": "mcft-vnet0"}],
 }  # fmt: skip
 STANDBY_GATE: dict[str, Any] = {
-    "role": "standby", "disk_error": "", "verdict": None, "loads": 5, "last_load_age_ms": 40.0, "links": [],
+    "role": "standby", "disk_error": "", "verdict": None, "alarm": "", "loads": 5, "last_load_age_ms": 40.0, "links": [],
 }  # fmt: skip
 
 
@@ -80,6 +80,12 @@ def test_all_is_well() -> None:
 def test_no_gate_a_disk_error_a_verdict_survive_nothing(role: str, changes: dict[str, Any] | None) -> None:
     gate = PRIMARY_GATE if role == "primary" else STANDBY_GATE
     assert not view(body(role=role), {} if changes is None else {**gate, **changes}).survives_host_loss
+
+
+def test_a_standby_that_must_not_take_over_is_no_help() -> None:
+    """Its primary is silent and its own LAN too, say. Fails if `status --check` calls that a survivor, or tells no reason."""
+    seen = view(body(role="standby"), {**STANDBY_GATE, "alarm": "this host's own LAN does not answer"})
+    assert not seen.survives_host_loss and "own LAN does not answer" in str(seen.reason)
 
 
 def test_no_lease_or_no_load_survives_nothing() -> None:

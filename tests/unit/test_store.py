@@ -71,6 +71,23 @@ async def test_body_goes_with_its_records_or_not_at_all(store: Store) -> None:
     assert await store.highest_generation("u2") == 0
 
 
+async def test_what_is_over_or_replaced_is_not_written_any_more(store: Store) -> None:
+    """An arbiter's answer may come long after `unprotect`, or after the domain was protected anew.
+
+    Fails if the body of an older instance comes back: the next agent would go on with it, and take the living one's gate apart.
+    """
+    old, new = b'{"pid":"p1","state":"solo"}', b'{"pid":"p2","state":"protected"}'
+    await store.save("u1", "vm1", old)
+    assert await store.update("u1", old + b" ")
+    await store.save("u1", "vm1", new)
+    assert not await store.update("u1", old)
+    assert await store.append("u1", "p1", 1, "primary", ["spoken"], body=old)
+    assert [p.body for p in await store.load()] == [new] and len(await store.records("u1", "p1")) == 1
+    await store.delete("u1")
+    assert not await store.update("u1", new)
+    assert await store.load() == []
+
+
 async def test_all_is_there_after_a_clean_stop(tmp_path: Path) -> None:
     path = tmp_path / "store.db"
     for round_ in range(1, 4):
