@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 SECONDS ?= 60
+export PIP_DEFAULT_TIMEOUT ?= 60
+export PIP_RETRIES ?= 10
 
 .PHONY: help venv lint test-unit test-lab test-kernel test-plug test-uml test-kvm test-rdma test-mc-plug test-oldlibvirt test-modular sim test-sim sim-exhaustive sim-errors test demo chaos recovery bench evidence mutants man clean
 

@@ -41,6 +41,9 @@ wait_for() {
     exec {never}>&-
 }
 
+# thrice CMD…: what fetches from elsewhere, which may be slow or away for a moment.
+thrice() { "$@" || { sleep 5; "$@"; } || { sleep 20; "$@"; }; }
+
 hostname_of() { case $1 in h1) echo host1 ;; h2) echo host2 ;; h3) echo host3 ;; *) echo "$1" ;; esac; }
 lan_ip() { case $1 in h1) echo 10.77.0.1 ;; h2) echo 10.77.0.2 ;; h3) echo 10.77.0.3 ;; cl) echo 10.77.0.100 ;; arb) echo 10.77.0.200 ;; esac; }
 rep_ip() { case $1 in h1) echo 10.99.0.1 ;; h2) echo 10.99.0.2 ;; h3) echo 10.99.0.3 ;; arb) echo 10.99.0.200 ;; esac; }

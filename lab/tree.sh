@@ -19,9 +19,9 @@ machine_packages() {
     /usr/bin/python3 -m pip --version > /dev/null 2>&1 || missing+=" python3-pip"
     [ -n "$missing" ] || return 0
     say "installing on this machine:$missing"
-    apt-get update -qq > /dev/null 2>&1 || die "apt-get update failed; the lab needs packages:$missing"
+    thrice apt-get update -qq > /dev/null 2>&1 || die "apt-get update failed; the lab needs packages:$missing"
     # shellcheck disable=SC2086
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing > "$CACHE/apt.log" 2>&1 ||
+    DEBIAN_FRONTEND=noninteractive thrice apt-get install -y -qq --no-install-recommends $missing > "$CACHE/apt.log" 2>&1 ||
         die "apt-get install$missing failed, see $CACHE/apt.log"
 }
 
@@ -74,18 +74,23 @@ build_tree() {
     apt_sources > "$CACHE/build/sources.list"
     apt-config dump | grep -E '^Acquire::(http|https|ftp|Check|Retries)' > "$CACHE/build/apt.conf" || :
     printf 'Package: src:qemu src:seabios src:ipxe\nPin: release n=trixie-backports\nPin-Priority: 600\n' > "$CACHE/build/pin"
+    thrice make_tree "$new" > "$CACHE/tree.log" 2>&1 < /dev/null ||
+        die "building the tree failed: $(grep -m1 '^E:' "$CACHE/tree.log" || tail -1 "$CACHE/tree.log") (all of it in $CACHE/tree.log)"
+    mkdir -p "$new/opt/mcft" "$new/opt/mcft-venv" "$new/var/lib/mcft" "$new/var/lib/mcft-guest" "$new/var/cache/mcft-pyc" "$new/old-root"
+    mv "$new" "$TREE"
+    echo "$want" > "$CACHE/tree.stamp"
+    say "the tree is $(du -sh "$TREE" | cut -f1)"
+}
+
+make_tree() {
+    rm -rf "$1"
     contained mmdebstrap --quiet --mode=root --variant=minbase --format=directory \
         --include="$(echo $PACKAGES | tr ' ' ,)" --aptopt="$CACHE/build/apt.conf" --aptopt='Acquire::Languages "none"' \
         --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/doc/*' \
         --dpkgopt='path-exclude=/usr/share/locale/*' --skip=check/qemu \
         --setup-hook="install -D -m 644 '$CACHE/build/pin' \"\$1/etc/apt/preferences.d/lab\"" \
         --customize-hook='cd "$1/root" && APT_CONFIG=$MMDEBSTRAP_APT_CONFIG apt-get -qq download "$(APT_CONFIG=$MMDEBSTRAP_APT_CONFIG apt-cache depends linux-image-cloud-amd64 | sed -n "s/.*Depends: \(linux-image-[^ ]*\).*/\1/p" | head -1)"' \
-        trixie "$new" "$CACHE/build/sources.list" > "$CACHE/tree.log" 2>&1 < /dev/null ||
-        die "building the tree failed: $(grep -m1 '^E:' "$CACHE/tree.log" || tail -1 "$CACHE/tree.log") (all of it in $CACHE/tree.log)"
-    mkdir -p "$new/opt/mcft" "$new/opt/mcft-venv" "$new/var/lib/mcft" "$new/var/lib/mcft-guest" "$new/var/cache/mcft-pyc" "$new/old-root"
-    mv "$new" "$TREE"
-    echo "$want" > "$CACHE/tree.stamp"
-    say "the tree is $(du -sh "$TREE" | cut -f1)"
+        trixie "$1" "$CACHE/build/sources.list"
 }
 
 # The machine's own pip fetches for the tree's Python, so that its index and certificates are those that pip is configured with here.
@@ -99,7 +104,7 @@ build_venv() {
     site=$(echo "$TREE"/opt/mcft-venv/lib/python3*/site-packages)
     local what=($PIP_NAMES)
     [ -e "$lock" ] && what=(--require-hashes -r "$lock")
-    PIP_NO_CACHE_DIR=1 /usr/bin/python3 -m pip --quiet install --target "$site" --python-version 3.13 --implementation cp \
+    PIP_NO_CACHE_DIR=1 thrice /usr/bin/python3 -m pip --quiet install --target "$site" --python-version 3.13 --implementation cp \
         --abi cp313 --abi abi3 --abi none --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 --platform any \
         --only-binary=:all: --no-compile --root-user-action ignore "${what[@]}" > "$CACHE/pip.log" 2>&1 ||
         die "pip could not install the agent's dependencies: $(grep -m1 ERROR "$CACHE/pip.log")"

@@ -33,7 +33,7 @@ def test_numbered_datagrams_do_not_notice_unprotect() -> None:
     Fails if `detach` does not wait for what has left the plug (5860 of 35800 were gone with the IFB), or if the filter goes
     before that.
     """
-    with Stream("udp", 5.0) as stream:
+    with Stream("udp", 8.0) as stream:
         stream.begin()
         times, end = 0, time.monotonic() + 4.5
         while time.monotonic() < end:

@@ -109,11 +109,11 @@ class FakeQmp:
             if self.refuse_capabilities:
                 self._write(client, {"error": {"class": "GenericError", "desc": "no"}})
                 return
-            self.connections += 1
+            self._client = client
             self.connected_ms = boottime_ms()
             self.enabled = arguments.get("enable", [])
             self._write(client, {"return": {}})
-            self._client = client
+            self.connections += 1
             changed()
             return
         arrived_ms = boottime_ms()

@@ -100,7 +100,9 @@ def test_foreign_resume_releases_nothing(primary: GateLab) -> None:
     primary.qmp.event("RESUME", "running")
     agent.status_when(lambda s: s["foreign_resumes"] == 1)
     assert agent.ask("status")["acknowledged"] == 0 and arrived(inn) == b""
-    primary.qmp.checkpoint()
+    primary.qmp.event("STOP", "colo")
+    agent.ask("qmp", commands=[{"execute": "query-version"}])  # (behind the marker; another look at `paused` may be on its way)
+    primary.qmp.event("RESUME", "running")
     assert inn.recv(1000) == frame(b"x")
 
 
@@ -485,6 +487,7 @@ def test_a_copy_that_took_over_is_not_woken(standby: GateLab) -> None:
     agent = standby.start()
     agent.ask("update", record="taken")
     agent.ask("take", peer_closed=True)
+    agent.ask("qmp", commands=[{"execute": "query-version"}])  # (a command is counted after its reply)
     asked = len(standby.qmp.sent("query-status"))
     counter = standby.peer.session.peer_counter
     until(lambda: standby.peer.session.peer_counter > counter + 8)

@@ -260,9 +260,13 @@ def test_an_agent_that_leaves_meanwhile_has_no_word(primary: McLab) -> None:
 def test_a_planned_switch_closes_behind_a_release(primary: McLab) -> None:
     agent = protected(primary)
     ident = agent.post("switch")
-    for _ in range(12):
+
+    def closed(status: dict[str, Any]) -> bool:
         primary.mc.checkpoint()
         time.sleep(0.02)  # QEMU's own pace
+        return bool(status["closed"])
+
+    primary.agent().status_when(closed)
     assert agent.answer(ident)["acknowledged"] >= 1
     assert agent.ask("status")["closed"]
 

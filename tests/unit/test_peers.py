@@ -186,7 +186,9 @@ async def test_silence_ends_in_time(lab: Lab) -> None:
     assert "no answer within 0.2 s" in error.value.reason
 
 
-async def test_a_cut_link_costs_a_call_one_hedge(lab: Lab) -> None:
+async def test_a_cut_link_costs_a_call_one_hedge(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the whole of its patience, nor a fresh connection's."""
+    monkeypatch.setattr(peers_module, "FRESH_AFTER_S", 10.0)
     first, second = await lab.relay("127.0.0.2"), await lab.relay("127.0.0.3")
     link = lab.link("127.0.0.2", "127.0.0.3")
     await until(lambda: all(link.last_ok.values()))
@@ -195,13 +197,13 @@ async def test_a_cut_link_costs_a_call_one_hedge(lab: Lab) -> None:
         await until(lambda: all(peers_module.boottime_s() - (ok or 0) < 0.1 for ok in link.last_ok.values()))
         cut.cut = True
         begun = time.perf_counter()
-        assert await link.call("arm", timeout_s=5) == b'{"from":"host2"}'
-        assert time.perf_counter() - begun < 0.6
+        assert await link.call("arm", timeout_s=30) == b'{"from":"host2"}'
+        assert time.perf_counter() - begun < 5
         assert link.reachable
 
 
 async def test_a_dead_connection_is_left_for_a_fresh_one(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers_module, "FRESH_AFTER_S", 0.5)
+    monkeypatch.setattr(peers_module, "FRESH_AFTER_S", 60.0)
     relay = await lab.relay("127.0.0.2")
     link = lab.link("127.0.0.2", started=False)
     lab.core.hold = asyncio.Event()
@@ -209,6 +211,7 @@ async def test_a_dead_connection_is_left_for_a_fresh_one(lab: Lab, monkeypatch: 
     await until(lambda: relay.connections == 2)
     lab.core.hold.set()
     await asyncio.gather(*both)
+    monkeypatch.setattr(peers_module, "FRESH_AFTER_S", 0.5)
     for task in list(relay._tasks):
         # The old connections are dead for good, as after a reboot of the peer's host; new ones work.
         task.cancel()
@@ -233,7 +236,7 @@ async def test_a_slow_answer_is_waited_for(lab: Lab, monkeypatch: pytest.MonkeyP
 async def test_what_takes_long_ends_when_the_peer_answers_nothing(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """The links are cut while the peer builds its copy. Fails if the primary waits for the whole of `prepare`'s deadline."""
     monkeypatch.setattr(peers_module, "ASK_AGAIN_S", 0.4)
-    monkeypatch.setattr(peers_module, "SILENT_S", 0.2)
+    monkeypatch.setattr(peers_module, "SILENT_S", 2.0)
     lab.core.hold = asyncio.Event()
     relay = await lab.relay("127.0.0.2")
     link = lab.link("127.0.0.2")

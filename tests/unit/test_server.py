@@ -22,7 +22,7 @@ from mcft.agent.listening import Limits
 from mcft.agent.server import Server
 from mcft.errors import Failed, Refused
 
-QUICK = Limits(head_s=0.2, body_s=0.2, handshake_s=0.5)
+QUICK = Limits(head_s=1.0, body_s=1.0, handshake_s=1.0)
 
 
 @pytest.fixture
@@ -249,7 +249,7 @@ async def test_an_idle_connection_is_let_go_and_a_long_poll_is_not(scene: Simple
     http = scene.local()
     _, job = await ask(http, "POST", "/v1/protections", json={"domain": "vm1", "to": "host2"})
     # Three times the deadline that an idle connection has.
-    assert (await ask(http, "GET", f"/v1/jobs/{job['id']}?wait_s=0.6"))[1]["state"] == "running"
+    assert (await ask(http, "GET", f"/v1/jobs/{job['id']}?wait_s=3"))[1]["state"] == "running"
     reader, writer = await scene.raw()
     writer.write(b"GET /v1/status HTTP/1.1\r\nHost: a\r\n\r\n")
     async with asyncio.timeout(5):
