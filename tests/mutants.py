@@ -505,7 +505,7 @@ MUTANTS = [
     ),
     Mutant(
         "a standby that must not take over is said to survive a loss", "mcft/agent/statusview.py",
-        'forbidden = "" if primary else gate.get("alarm", "")', 'forbidden = ""',
+        'forbidden = standbys_lan if primary else gate.get("alarm", "")', 'forbidden = "" if primary else ""',
         "statusview.py::test_a_standby_that_must_not_take_over_is_no_help",
     ),
     Mutant(

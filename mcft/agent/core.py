@@ -188,7 +188,7 @@ class Core:
             life.body, life.ledger, gate, self.jobs.running(life.body.domain), self.events.last(life.body.domain),
             self.site.versions, running if life.body.role == "primary" else False,
             self.site.config.name, self.site.maintenance, self.hello_of(life.body.peer).maintenance,
-            life.arbiter.status(self._peers_arbiter(life)),
+            life.arbiter.status(self._peers_arbiter(life)), self.hello_of(life.body.peer).lans.get(life.body.pid, ""),
         )  # fmt: skip
 
     def _peers_arbiter(self, life: Life) -> bool | None:
@@ -264,6 +264,7 @@ class Core:
             model.Hello(
                 self.site.config.name, versions.get("mcft", ""), versions.get("qemu", ""), versions.get("libvirt", ""), boot_id(),
                 self.site.maintenance, {lf.body.pid: lf.arbiter.health() for lf in self.lives.values() if lf.arbiter.watch},
+                {lf.body.pid: lf.lan_away for lf in self.lives.values() if isinstance(lf, standby.Standby) and lf.lan_away},
             )
         )  # fmt: skip
 

@@ -94,6 +94,7 @@ class Hello(msgspec.Struct, frozen=True):
     boot_id: str = ""
     maintenance: bool = False
     arbiters: dict[str, str] = {}  # instance → why its arbiter can't decide, as seen from there; "": it can
+    lans: dict[str, str] = {}  # instance whose standby is there → why that must not take over now: its own LAN is away
 
 
 class About(msgspec.Struct, frozen=True):

@@ -31,6 +31,7 @@ class Standby(Copy):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._delay_told_at_ms = 0.0
+        self.lan_away = ""  # as its gate sees it
         self._letting_go = asyncio.Lock()  # of giving up and claiming, the one that begins first excludes the other
         self._broken = ""  # why this copy is not whole; its record waits while a claim of its own is under way
 
@@ -166,8 +167,11 @@ class Standby(Copy):
     # ---- take-over ----
 
     def on_note(self, kind: str, fields: dict[str, Any]) -> None:
-        if kind == "connected":
-            verdict = fields.get("verdict")
+        if kind == "lan":
+            self.lan_away = fields["away"]
+            self.event("lan", self.lan_away or "this host's own LAN answers again", "warning" if self.lan_away else "info")
+        elif kind == "connected":
+            verdict, self.lan_away = fields.get("verdict"), fields.get("lan_away", "")
             if fields.get("disk_error"):
                 self._broken = fields["disk_error"]
                 self.site.spawn(self._not_whole(fields["disk_error"]), f"{self.body.domain} is not whole")

@@ -42,14 +42,16 @@ def protection(
     body: Body, ledger: Ledger, gate: dict[str, Any], job: api.JobBody | None, last: api.EventBody | None,
     versions: dict[str, str], guest_running: bool, host: str, maintenance: bool = False, peer_maintenance: bool = False,
     arbiter: api.ArbiterStatus = api.ArbiterStatus(),  # noqa: B008
+    standbys_lan: str = "",
 ) -> api.Protection:  # fmt: skip
-    """gate: the gate's `status`, or {} if there is none or it does not answer."""
+    """gate: the gate's `status`, or {} if there is none or it does not answer. standbys_lan: on the primary, the other agent's
+    word that its standby must not take over now."""
     primary = body.role == "primary"
     g = ledger.owned if ledger.spoken else body.g
     agreed = ledger.newest in (Kind.PROTECTED, Kind.ARMED) and not (primary and gate.get("closed"))
     alone = ledger.spoken or ledger.newest is Kind.ENDED
-    # The standby's watcher sees what forbids a take-over (its own LAN does not answer, say).
-    forbidden = "" if primary else gate.get("alarm", "")
+    # What forbids a take-over now, though the copy is whole.
+    forbidden = standbys_lan if primary else gate.get("alarm", "") or gate.get("lan_away", "")
     whole = body.state == "protected" and agreed and not gate.get("disk_error") and gate.get("verdict") is None and not forbidden
     following = whole and bool(gate) and (gate.get("lease") if primary else gate.get("loads", 0) > 0)
     unsafe = ["output leaves unbuffered (--netbuffer none)"] if primary and body.buffer_asked == "none" else []
@@ -62,7 +64,7 @@ def protection(
     if body.state == "protected" and not gate:
         reason = "the gate does not answer; systemd restarts it"
     elif body.state == "protected" and forbidden:
-        reason = f"it can't take over now: {forbidden}"
+        reason = f"the standby can't take over now: {forbidden}"
     return api.Protection(
         domain=body.domain, uuid=body.uuid, instance=body.pid, role=body.role, peer=body.peer, engine=body.engine,
         state=body.state, reason=reason, next_step=next_step(body, host, guest_running, in_maintenance),

@@ -210,7 +210,17 @@ class Gate:
         if self.rdma:
             self.rdma.tick(now_ms)
         self._ask_if_overdue(now_ms)
+        self._look_at_lan(now_ms)
         self.say()
+
+    def _look_at_lan(self, now_ms: float) -> None:
+        """A standby whose LAN is away must not take over: the agents are to know that while both hosts live."""
+        if self.state.role != "standby" or self.state.record != "armed":
+            return
+        before = self.lan.away
+        self.lan.in_peace(now_ms)
+        if self.lan.away != before:
+            self.control.note("lan", away=self.lan.away)
 
     def _ask_if_overdue(self, now_ms: float) -> None:
         """A QEMU that hangs is told from a stream that stands by a question: without checkpoints nothing else asks one."""
@@ -397,6 +407,6 @@ class Gate:
                       for name, age in ages.items()] + self._rdma_status(now_ms, interval_ms),
             "verdict": None if self.verdict is None else
                        {"act": self.verdict.act.value, "reason": self.verdict.reason, "shutdown": self.qemu.shutdown_reason},
-            "alarm": self._alarmed,
+            "alarm": self._alarmed, "lan_away": self.lan.away,
             **self.side.status(now_ms),
         }  # fmt: skip

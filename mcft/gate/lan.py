@@ -1,7 +1,7 @@
 """Does this host's own LAN answer? A standby without LAN must not take over (`protocol.md`).
 
-ICMP echo to configured addresses, sent only once the peer has gone silent. Without addresses the carrier of the
-other links' interfaces must do.
+ICMP echo to configured addresses: each 25 ms once the peer has gone silent, which a take-over depends on; once a second before,
+so that people know of a LAN that is away while it does no harm yet. Without addresses the carrier of any NIC must do.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from dataclasses import dataclass, field
 from mcft.gate.loop import Loop, boottime_ms
 
 ASK_EVERY_MS = 25.0
+PEACE_EVERY_MS = 1000.0
+AWAY_MS = 5000.0  # without an answer: five were lost
+AWAY = "this host's own LAN is away"
 _IDENT = os.getpid() & 0xFFFF
 
 
@@ -38,6 +41,8 @@ class LanCheck:
     addresses: list[str]
     answered_ms: float = float("-inf")
     asked_ms: float = float("-inf")
+    away: str = ""  # in peace: why a take-over would be forbidden now
+    _heard_ms: float = float("-inf")
     _sequence: int = 0
     _forgotten: int = 0
     _sock: socket.socket | None = field(default=None)
@@ -57,6 +62,18 @@ class LanCheck:
             except OSError:
                 continue
 
+    def in_peace(self, now_ms: float) -> None:
+        """Ask, and say in `away` what is known; to be called often."""
+        if now_ms - self.asked_ms < PEACE_EVERY_MS:
+            return
+        if not self.addresses:
+            self.asked_ms, self.away = now_ms, "" if any_carrier() else f"{AWAY}: no interface has carrier"
+            return
+        if self._heard_ms == float("-inf"):
+            self._heard_ms = now_ms  # the first question
+        self.away = "" if now_ms - self._heard_ms < AWAY_MS else f"{AWAY}: no answer from {', '.join(self.addresses)}"
+        self.ask(now_ms)
+
     def _answered(self) -> None:
         assert self._sock is not None
         while True:
@@ -70,11 +87,11 @@ class LanCheck:
             kind, _, _, ident, sequence = struct.unpack_from("!BBHHH", packet, header)
             age = (self._sequence - sequence) & 0xFFFF
             if kind == 0 and ident == _IDENT and age < self._sequence - self._forgotten:
-                self.answered_ms = boottime_ms()
+                self.answered_ms = self._heard_ms = boottime_ms()
 
     def forget(self) -> None:
         """We were stalled: only answers to what is asked from now on count, not those that waited in the socket meanwhile."""
-        self.answered_ms = float("-inf")
+        self.answered_ms = self._heard_ms = float("-inf")
         self._forgotten = self._sequence
 
     def ok(self, now_ms: float, silent_ms: float) -> bool:

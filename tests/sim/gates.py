@@ -222,6 +222,9 @@ class SimLan(LanCheck):
             proc = next((p for p in host.procs if isinstance(p, GateProc) and p.gate.lan is self), gate)
             host.world.at(0.3, proc, self._answer, self._sequence)
 
+    def in_peace(self, now_ms: float) -> None:
+        """Not asked in peace here: nothing is decided by it."""
+
     def _answer(self, sequence: int) -> None:
         if sequence > self._forgotten:
             self.answered_ms = here.host.boottime_ms()

@@ -998,6 +998,28 @@ def lan_check() -> tuple[lan_module.LanCheck, FakeRaw]:
     return lan_module.LanCheck(loop, ["10.0.0.1"], _sock=cast(Any, raw)), raw
 
 
+def test_a_lan_that_is_away_is_known_before_it_is_needed() -> None:
+    """Asked once a second. Fails if one lost answer counts, a LAN that is back stays away, or a stall of ours is its silence."""
+    lan, raw = lan_check()
+    now = boottime_ms()
+    for second in range(5):
+        lan.in_peace(now + 1000 * second)
+        lan.in_peace(now + 1000 * second + 500)
+    assert len(raw.sent) == 5 and not lan.away
+    lan.in_peace(now + 5000)
+    assert "own LAN is away: no answer from 10.0.0.1" in lan.away
+    raw.waiting.append(echo_reply(lan._sequence))
+    lan._answered()
+    lan.in_peace(now + 6000 - 5)
+    assert lan.away, "it is judged when it is asked"
+    lan._heard_ms = now + 6000
+    lan.in_peace(now + 6000)
+    assert not lan.away
+    lan.forget()
+    lan.in_peace(now + 60_000)
+    assert not lan.away
+
+
 def test_lan_must_have_answered_since_the_peer_fell_silent() -> None:
     lan, raw = lan_check()
     now = boottime_ms()

@@ -24,7 +24,8 @@ PRIMARY_GATE: dict[str, Any] = {
     "nics": [{"target": "vnet0", "held_packets": 3, "held_bytes": 412, "dropped": 0, "ifb": "mcft-vnet0"}],
 }  # fmt: skip
 STANDBY_GATE: dict[str, Any] = {
-    "role": "standby", "disk_error": "", "verdict": None, "alarm": "", "loads": 5, "last_load_age_ms": 40.0, "links": [],
+    "role": "standby", "disk_error": "", "verdict": None, "alarm": "", "lan_away": "", "loads": 5, "last_load_age_ms": 40.0,
+    "links": [],
 }  # fmt: skip
 
 
@@ -84,8 +85,14 @@ def test_no_gate_a_disk_error_a_verdict_survive_nothing(role: str, changes: dict
 
 def test_a_standby_that_must_not_take_over_is_no_help() -> None:
     """Its primary is silent and its own LAN too, say. Fails if `status --check` calls that a survivor, or tells no reason."""
-    seen = view(body(role="standby"), {**STANDBY_GATE, "alarm": "this host's own LAN does not answer"})
-    assert not seen.survives_host_loss and "own LAN does not answer" in str(seen.reason)
+    for key in ("alarm", "lan_away"):
+        seen = view(body(role="standby"), {**STANDBY_GATE, key: "this host's own LAN does not answer"})
+        assert not seen.survives_host_loss and "own LAN does not answer" in str(seen.reason)
+    ledger = Ledger("p", "primary", 3)
+    for kind in (Kind.PREPARING, Kind.ARMING, Kind.PROTECTED):
+        ledger.append(kind, 3)
+    seen = statusview.protection(body(), ledger, PRIMARY_GATE, None, None, {}, True, "host1", standbys_lan="its LAN is away")
+    assert not seen.survives_host_loss and seen.output_flowing and "its LAN is away" in str(seen.reason)
 
 
 def test_no_lease_or_no_load_survives_nothing() -> None:
