@@ -145,14 +145,16 @@ class Client:
 
     def _once_begun(self, domain: str, clock: _Deadline) -> api.Protection:
         """A `protect` that was accepted looks first, for seconds where a host is silent; it may still refuse."""
+        ask = partial(self.status, domain)
         while True:
             try:
-                return self.status(domain).protections[0]
+                return ask().protections[0]
             except errors.NotFound as error:
                 if error.code != "not-yet":
                     raise
                 if clock.left_s() <= 0:
                     raise errors.TimedOut("still-waiting", error.message, error.reason, error.next_step) from None
+                ask = partial(_patiently, clock, partial(self.status, domain))
             time.sleep(min(RETRY_S, max(clock.left_s(), 0.0)))
 
     def follow_events(self, domain: str | None = None, wait_s: float = ANSWER_S) -> Iterator[api.EventBody]:

@@ -489,6 +489,11 @@ MUTANTS = [
         "pacing.py::test_a_word_from_before_a_longer_delay_is_void",
     ),
     Mutant(
+        "an answer of the LAN from before the loss lets a host that is cut off take over", "mcft/gate/lan.py",
+        "        self.ask(now_ms)\n        self._forgotten = self._sequence\n", "        self.ask(now_ms)\n",
+        "gate.py::test_an_answer_of_before_the_loss_is_none",
+    ),
+    Mutant(
         "an instance that is over writes its body over the living one's", "mcft/agent/store.py",
         "row is not None and instance_of(row[0]) == instance_of(body)", "row is not None",
         "store.py::test_what_is_over_or_replaced_is_not_written_any_more",
@@ -500,7 +505,7 @@ MUTANTS = [
     ),
     Mutant(
         "after a forced failover it is protected again by itself", "mcft/agent/standby.py",
-        "self.body.manual = reason if override else self.body.manual", "self.body.manual = self.body.manual",
+        "self.body.manual = reason if override else manual", "self.body.manual = manual",
         "acts.py::test_after_an_operators_word_nothing_is_protected_by_itself",
     ),
     Mutant(
@@ -509,8 +514,13 @@ MUTANTS = [
         "statusview.py::test_a_standby_that_must_not_take_over_is_no_help",
     ),
     Mutant(
+        "a change of the delay that failed half way stays so", "mcft/agent/pacing.py",
+        "if (state.delay_ms, qemus_ms) != (delay_ms, every_ms):", "if False:",
+        "pacing.py::test_a_change_that_fails_is_put_back_as_soon_as_that_can_be",
+    ),
+    Mutant(
         "a watcher goes by a shorter delay before QEMU does", "mcft/agent/pacing.py",
-        "patient_ms = max(was_ms, every_ms)", "patient_ms = every_ms",
+        "await self._apply(delay_ms, every_ms, max(was_ms, every_ms))", "await self._apply(delay_ms, every_ms, every_ms)",
         "pacing.py::test_a_shorter_delay_is_gone_by_by_no_watcher_before_qemu_has_it",
     ),
     Mutant(

@@ -188,8 +188,13 @@ class Core:
             life.body, life.ledger, gate, self.jobs.running(life.body.domain), self.events.last(life.body.domain),
             self.site.versions, running if life.body.role == "primary" else False,
             self.site.config.name, self.site.maintenance, self.hello_of(life.body.peer).maintenance,
-            life.arbiter.status(self._peers_arbiter(life)), self.hello_of(life.body.peer).lans.get(life.body.pid, ""),
+            life.arbiter.status(self._peers_arbiter(life)), self._standbys_lan(life),
         )  # fmt: skip
+
+    def _standbys_lan(self, life: Life) -> str:
+        """Why the standby must not take over now, by its agent's word while that answers."""
+        link = self.site.peers.get(life.body.peer)
+        return self.hello_of(life.body.peer).lans.get(life.body.pid, "") if link is not None and link.reachable else ""
 
     def _peers_arbiter(self, life: Life) -> bool | None:
         """Whether the other host says that the arbiter could decide there; None where it says nothing."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mcft.agent.protection import Primary
 
 SET_WITHIN_S = 5.0
+ALIGN_EVERY_S = 1.0
 
 
 class Pacing:
@@ -34,12 +35,11 @@ class Pacing:
         self._turn = asyncio.Lock()
 
     async def set_delay(self, delay_ms: int) -> None:
-        """At run time, read back from QEMU. Raises: Unreachable, Failed; then all is as it was."""
+        """At run time, read back from QEMU. Raises: Unreachable, Failed; what was done is put back as soon as that can be."""
         async with self._turn:
             body = self.life.body
             if body.state == "protected" and body.engine == "mc":
-                await self._tell_standby(delay_ms, delay_ms)
-                await self._set_mc_delay(delay_ms)
+                await self._change_mc(delay_ms)
             elif body.state == "protected":
                 await self._change(delay_ms, delay_ms)
             body.delay_ms = delay_ms
@@ -71,31 +71,47 @@ class Pacing:
             self.life.event("pace", f"a checkpoint takes {took}: one every {every} again, as asked for")
 
     async def in_line(self) -> None:
-        """After the agent's restart: a change that its predecessor had begun is undone; the gate asks for its pace again."""
-        body = self.life.body
-        if body.engine == "mc":
-            return
-        async with self._turn:
-            state, qemus_ms = self.life.gate.load_state(), await self._qemus_delay_ms()
-            if state is None or qemus_ms >= MAX_DELAY_MS:  # (a planned switch is under way)
-                return
-            if (state.delay_ms, qemus_ms) != (body.delay_ms, round(state.every_ms)):
-                await self._change(body.delay_ms, body.delay_ms)
+        """After a change that failed half way, and after the agent's restart: QEMU and both watchers go by the body's delay.
+
+        A stretched period stays, if QEMU and the gate agree on it; else the gate asks for it again.
+        """
+        while self.life.body.state == "protected":
+            with contextlib.suppress(McftError):
+                async with self._turn:
+                    if await self._aligned():
+                        return
+            await asyncio.sleep(ALIGN_EVERY_S)
+
+    async def _aligned(self) -> bool:
+        delay_ms, state = self.life.body.delay_ms, self.life.gate.load_state()
+        if self.life.body.engine == "mc":
+            await self._set_mc_delay(delay_ms)
+            await self._tell_standby(delay_ms, delay_ms)
+            return True
+        qemus_ms = await self._qemus_delay_ms()
+        if state is None or qemus_ms >= MAX_DELAY_MS:  # (a planned switch is under way)
+            return False
+        every_ms = round(state.every_ms)
+        if (state.delay_ms, qemus_ms) != (delay_ms, every_ms):
+            every_ms = delay_ms
+            await self._apply(delay_ms, every_ms, max(qemus_ms, round(state.every_ms), every_ms))
+        await self._tell_standby(delay_ms, every_ms)
+        return True
 
     async def _change(self, delay_ms: int, every_ms: int) -> None:
         """every_ms: what QEMU goes by, longer than the delay where mcft stretches it."""
-        gate, before_ms = self.life.gate, self.life.body.delay_ms
-        was_ms = round((await gate.ask("status", 2.0))["period_ms"])
-        patient_ms = max(was_ms, every_ms)
-        await self._tell_standby(delay_ms, patient_ms)
+        was_ms = round((await self.life.gate.ask("status", 2.0))["period_ms"])
         try:
-            await self._tell_gate(delay_ms, patient_ms)
-            await self._set_qemu(every_ms)
+            await self._apply(delay_ms, every_ms, max(was_ms, every_ms))
         except McftError:
-            for undo in (self._tell_gate(before_ms, was_ms), self._tell_standby(before_ms, was_ms)):
-                with contextlib.suppress(McftError):
-                    await undo
+            self.life.site.spawn(self.in_line(), f"put {self.life.body.domain}'s delay back")
             raise
+
+    async def _apply(self, delay_ms: int, every_ms: int, patient_ms: int) -> None:
+        """patient_ms: the longest that QEMU may go by until this is over."""
+        await self._tell_standby(delay_ms, patient_ms)
+        await self._tell_gate(delay_ms, patient_ms)
+        await self._set_qemu(every_ms)
         if patient_ms == every_ms:
             return
         try:
@@ -113,6 +129,15 @@ class Pacing:
     async def _qemus_delay_ms(self) -> int:
         replies = await self.life.gate.qmp([{"execute": "query-migrate-parameters"}])
         return int(replies[0].get("return", {}).get("x-checkpoint-delay", 0))
+
+    async def _change_mc(self, delay_ms: int) -> None:
+        """(No watcher goes by it: that engine's stream is not seen.)"""
+        await self._tell_standby(delay_ms, delay_ms)
+        try:
+            await self._set_mc_delay(delay_ms)
+        except McftError:
+            self.life.site.spawn(self.in_line(), f"put {self.life.body.domain}'s delay back")
+            raise
 
     async def _set_mc_delay(self, delay_ms: int) -> None:
         """That QEMU does not tell its delay; its answer is all there is. It applies after the sleep that is under way."""

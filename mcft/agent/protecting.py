@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import TYPE_CHECKING
 
 from mcft import api, diskreplica, generations
@@ -19,6 +20,8 @@ from mcft.units import DELAY_MAX_MS, DELAY_MIN_MS
 
 if TYPE_CHECKING:
     from mcft.agent.core import Core
+
+ENDS_POLL_S = 0.1
 
 
 class Protecting:
@@ -91,7 +94,7 @@ class Protecting:
         job.step("look at the domain and at the peer")
         peer, config = request.to, self.site.config
         domain = await self.site.host.info(request.domain)
-        theirs = await self.site.ask(peer, "records", model.About(domain.uuid, domain=domain.name), model.Records, 5.0)
+        theirs = await self._records_there(peer, domain)
         previous = self.core.lives.get(domain.uuid)
         at_rest = previous is None or await previous.at_rest(AT_REST_WITHIN_S)
         previous = self.core.lives.get(domain.uuid)  # (an undo that had to be repeated puts back what was before it)
@@ -140,6 +143,17 @@ class Protecting:
                 await asyncio.shield(self._back_to(previous, life))
             raise
         return f"{body.domain} is protected, its standby is on {peer}"
+
+    async def _records_there(self, peer: str, domain: DomainInfo) -> model.Records:
+        """What the peer knows of the domain. A guest of before that it has lost is being ended there: that is waited for."""
+        about = model.About(domain.uuid, domain=domain.name)
+        theirs = await self.site.ask(peer, "records", about, model.Records, 5.0)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(AT_REST_WITHIN_S):
+                while theirs.running and theirs.state == "lost":
+                    await asyncio.sleep(ENDS_POLL_S)
+                    theirs = await self.site.ask(peer, "records", about, model.Records, 5.0)
+        return theirs
 
     async def candidate(self, request: api.ProtectRequest, g: int) -> Primary:
         """What would be protected; nothing of it is kept. Raises: NotFound, Refused."""

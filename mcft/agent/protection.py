@@ -243,5 +243,6 @@ class Primary(Deciding):
             if self.body.state in ("preparing", "syncing", "resyncing"):
                 self.to_state("protected")
                 await self.save()
-            self.site.spawn(self.pacing.in_line(), f"bring {self.body.domain}'s delay in line")
+            if self.body.engine != "mc":
+                self.site.spawn(self.pacing.in_line(), f"bring {self.body.domain}'s delay in line")
         self.body.next_try_boottime_ms = min(self.body.next_try_boottime_ms, boottime_ms())

@@ -302,12 +302,13 @@ class Standby(Copy):
                 return
             peer_closed = peer_closed or self.body.arbiter == "fence"  # it is off, or has let go
             self.body.overlays_g = self.body.g
-            self.body.manual = reason if override else self.body.manual  # nothing is protected by itself after that
+            manual = self.body.manual
+            self.body.manual = reason if override else manual  # nothing is protected by itself after that
             self.arbiter.forget_resolved()
             try:
                 await self.record(Kind.TAKEN, detail=reason)
             except generations.IllegalRecord as error:
-                self.body.overlays_g = 0
+                self.body.overlays_g, self.body.manual = 0, manual
                 self.event("alarm", f"{self.body.domain} can't be taken over here: {error}", "alarm")
                 return
         if self._broken:

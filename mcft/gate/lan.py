@@ -16,7 +16,7 @@ from mcft.gate.loop import Loop, boottime_ms
 
 ASK_EVERY_MS = 25.0
 PEACE_EVERY_MS = 1000.0
-AWAY_MS = 5000.0  # without an answer: five were lost
+AWAY_AFTER = 5  # questions that nobody answered
 AWAY = "this host's own LAN is away"
 _IDENT = os.getpid() & 0xFFFF
 
@@ -42,9 +42,9 @@ class LanCheck:
     answered_ms: float = float("-inf")
     asked_ms: float = float("-inf")
     away: str = ""  # in peace: why a take-over would be forbidden now
-    _heard_ms: float = float("-inf")
+    _unanswered: int = 0  # of those that were asked in peace
     _sequence: int = 0
-    _forgotten: int = 0
+    _forgotten: int = 0  # the newest question whose answer, like any before it, is no sign that the LAN is there now
     _sock: socket.socket | None = field(default=None)
 
     def ask(self, now_ms: float) -> None:
@@ -63,16 +63,20 @@ class LanCheck:
                 continue
 
     def in_peace(self, now_ms: float) -> None:
-        """Ask, and say in `away` what is known; to be called often."""
+        """Ask, and say in `away` what is known; to be called often.
+
+        Nothing is decided by these answers: one of just before the loss would let a host that is cut off take over. Counted by
+        questions, not by time: what a host that stands still did not ask is no silence of its LAN.
+        """
         if now_ms - self.asked_ms < PEACE_EVERY_MS:
             return
         if not self.addresses:
             self.asked_ms, self.away = now_ms, "" if any_carrier() else f"{AWAY}: no interface has carrier"
             return
-        if self._heard_ms == float("-inf"):
-            self._heard_ms = now_ms  # the first question
-        self.away = "" if now_ms - self._heard_ms < AWAY_MS else f"{AWAY}: no answer from {', '.join(self.addresses)}"
+        self.away = "" if self._unanswered < AWAY_AFTER else f"{AWAY}: no answer from {', '.join(self.addresses)}"
         self.ask(now_ms)
+        self._forgotten = self._sequence
+        self._unanswered += 1
 
     def _answered(self) -> None:
         assert self._sock is not None
@@ -85,13 +89,16 @@ class LanCheck:
             if len(packet) < header + 8 or address not in self.addresses:
                 continue
             kind, _, _, ident, sequence = struct.unpack_from("!BBHHH", packet, header)
+            if kind != 0 or ident != _IDENT:
+                continue
+            self._unanswered = 0
             age = (self._sequence - sequence) & 0xFFFF
-            if kind == 0 and ident == _IDENT and age < self._sequence - self._forgotten:
-                self.answered_ms = self._heard_ms = boottime_ms()
+            if age < self._sequence - self._forgotten:
+                self.answered_ms = boottime_ms()
 
     def forget(self) -> None:
         """We were stalled: only answers to what is asked from now on count, not those that waited in the socket meanwhile."""
-        self.answered_ms = self._heard_ms = float("-inf")
+        self.answered_ms = float("-inf")
         self._forgotten = self._sequence
 
     def ok(self, now_ms: float, silent_ms: float) -> bool:

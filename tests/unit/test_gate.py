@@ -1008,16 +1008,29 @@ def test_a_lan_that_is_away_is_known_before_it_is_needed() -> None:
     assert len(raw.sent) == 5 and not lan.away
     lan.in_peace(now + 5000)
     assert "own LAN is away: no answer from 10.0.0.1" in lan.away
-    raw.waiting.append(echo_reply(lan._sequence))
-    lan._answered()
-    lan.in_peace(now + 6000 - 5)
-    assert lan.away, "it is judged when it is asked"
-    lan._heard_ms = now + 6000
-    lan.in_peace(now + 6000)
-    assert not lan.away
     lan.forget()
     lan.in_peace(now + 60_000)
+    assert lan.away, "a stall of ours does not bring it back"
+    raw.waiting.append(echo_reply(lan._sequence))
+    lan._answered()
+    lan.in_peace(now + 61_000)
     assert not lan.away
+    lan.in_peace(now + 200_000)
+    assert not lan.away, "what was not asked meanwhile is no silence"
+
+
+def test_an_answer_of_before_the_loss_is_none() -> None:
+    """The LAN answered a question of peace, then this host was cut off. Fails if it may take over by that answer."""
+    lan, raw = lan_check()
+    lan.in_peace(boottime_ms())
+    raw.waiting.append(echo_reply(lan._sequence))
+    lan._answered()
+    now = boottime_ms()
+    assert not lan.ok(now, 300.0)
+    lan.ask(now + 100.0)
+    raw.waiting.append(echo_reply(lan._sequence))
+    lan._answered()
+    assert lan.ok(boottime_ms(), 300.0)
 
 
 def test_lan_must_have_answered_since_the_peer_fell_silent() -> None:
