@@ -514,6 +514,11 @@ MUTANTS = [
         "statusview.py::test_a_standby_that_must_not_take_over_is_no_help",
     ),
     Mutant(
+        "an operator's word is taken though the arbiter has decided", "mcft/agent/protection.py",
+        "            if await self._arbiter_decides():\n", "            if False:\n",
+        "acts.py::test_an_arbiter_that_answers_goes_before_an_operators_word",
+    ),
+    Mutant(
         "a change of the delay that failed half way stays so", "mcft/agent/pacing.py",
         "if (state.delay_ms, qemus_ms) != (delay_ms, every_ms):", "if False:",
         "pacing.py::test_a_change_that_fails_is_put_back_as_soon_as_that_can_be",

@@ -22,6 +22,8 @@ from mcft.errors import Failed, McftError, Refused, Unreachable
 from mcft.gate.loop import boottime_ms
 from mcft.generations import UNDECIDED, Kind
 
+ARBITER_WITHIN_S = 3.0
+
 
 class Primary(Deciding):
     """Leads. Also lives what comes after: solo, active (took over), stopped, lost."""
@@ -111,6 +113,8 @@ class Primary(Deciding):
                     "standby-silent", f"{peer} does not answer, so it may have taken {domain} over", str(error),
                     f"make sure that {peer} is powered off, then: mcft solo {domain} --peer-is-off",
                 ) from None  # fmt: skip
+            if await self._arbiter_decides():
+                return await self.solo(force=force, peer_is_off=peer_is_off)
             why = f"the operator's word that {peer} is off"
             await self.override(why)
             return f"{domain} goes on alone, by your word; if {peer} is not off, two copies run"
@@ -118,6 +122,14 @@ class Primary(Deciding):
         self.body.manual = "solo was asked for"
         await self.save()
         return f"{domain} runs without a standby; protect it again with: mcft protect {domain} --to {peer}"
+
+    async def _arbiter_decides(self) -> bool:
+        """Whether what is being decided ends within a moment. Where an arbiter answers, nobody's word takes its place: it may
+        have decided for the other side, before that one went off."""
+        if self.body.arbiter == "standby" or self.deciding is None or self.deciding.done():
+            return False
+        await asyncio.wait({self.deciding}, timeout=ARBITER_WITHIN_S)
+        return self.ledger.won or self.ledger.newest not in UNDECIDED
 
     async def go_alone(self, why: str) -> None:
         """The standby's host asked for it, and is protected to again by itself later. Raises: Refused, TimedOut (muted)."""

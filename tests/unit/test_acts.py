@@ -14,7 +14,7 @@ from mcft.agent.core import Core
 from mcft.agent.jobs import JobHandle, Jobs
 from mcft.agent.protection import Primary
 from mcft.agent.standby import Standby
-from mcft.errors import NotFound, Refused
+from mcft.errors import NotFound, Refused, Unreachable
 from mcft.generations import Kind, Ledger, Record
 
 
@@ -121,3 +121,40 @@ async def test_after_an_operators_word_nothing_is_protected_by_itself(override: 
     with pytest.raises(Refused, match="far enough"):
         await life._take("the operator's word", False, override=override)
     assert recorded == ["the operator's word" if override else ""]
+
+
+@pytest.mark.parametrize("decided", [Kind.LOST, Kind.SOLO, None])
+async def test_an_arbiter_that_answers_goes_before_an_operators_word(
+    decided: Kind | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`mcft solo --peer-is-off`, typed while this host stood still: the other one had taken over before it went off.
+
+    Fails if the word is taken though the arbiter tells that (simulation, seed 230083), or is not where the arbiter is silent.
+    """
+    monkeypatch.setattr("mcft.agent.protection.ARBITER_WITHIN_S", 5.0 if decided else 0.05)
+    overridden: list[str] = []
+
+    async def decides() -> None:
+        await asyncio.sleep(0.01 if decided else 60.0)
+        if decided:
+            life.ledger.append(decided)
+
+    async def ask(*_: Any) -> None:
+        raise Unreachable("peer", "host2 does not answer")
+
+    async def override(why: str) -> None:
+        overridden.append(why)
+
+    life: Any = object.__new__(Primary)
+    life.ledger = Ledger("p", "primary", 3, [Record(3, kind) for kind in (Kind.PREPARING, Kind.ARMING, Kind.PROTECTED)])
+    life.body = SimpleNamespace(uuid="u", pid="p", g=3, domain="vm1", peer="host2", arbiter="etcd", state="muted")
+    life.site, life.about, life.override = SimpleNamespace(ask=ask), lambda *_: None, override
+    life.qemu_alive = lambda: True
+    life.deciding = asyncio.create_task(decides())
+    if decided is Kind.LOST:
+        with pytest.raises(Refused, match="can't go solo here"):
+            await life.solo(force=True, peer_is_off=True)
+    else:
+        await life.solo(force=True, peer_is_off=True)
+    assert bool(overridden) is (decided is None)
+    life.deciding.cancel()
