@@ -30,12 +30,12 @@ class Outcomes(Setup):
         """solo(g) on disk → QEMU lets go of its standby → spoken on disk → the buffer opens → everything undone."""
         if not override:
             self.arbiter.forget_resolved()
+        if override:
+            self.body.manual = override  # (durable with the record)
         if self.ledger.newest is Kind.LOST:
             await self.record(Kind.TAKEN, self.body.g + 1, reason)
         else:
             await self.record(Kind.SOLO, detail=override or reason)
-        if override:
-            self.body.manual = override
         if not self.qemu_alive():
             await self.record(Kind.SPOKEN, self.ledger.owned)
             if OWN_DISK in reason:

@@ -33,6 +33,7 @@ class Pacing:
     def __init__(self, life: Primary) -> None:
         self.life = life
         self._turn = asyncio.Lock()
+        self._aligning: asyncio.Task[None] | None = None
 
     async def set_delay(self, delay_ms: int) -> None:
         """At run time, read back from QEMU. Raises: Unreachable, Failed; what was done is put back as soon as that can be."""
@@ -70,15 +71,20 @@ class Pacing:
         else:
             self.life.event("pace", f"a checkpoint takes {took}: one every {every} again, as asked for")
 
+    def put_in_line(self) -> None:
+        """After a change that failed half way, and after the agent's restart; in the background, one at a time."""
+        if self._aligning is None or self._aligning.done():
+            self._aligning = self.life.site.spawn(self.in_line(), f"bring {self.life.body.domain}'s delay in line")
+
     async def in_line(self) -> None:
-        """After a change that failed half way, and after the agent's restart: QEMU and both watchers go by the body's delay.
+        """QEMU and both watchers go by the body's delay.
 
         A stretched period stays, if QEMU and the gate agree on it; else the gate asks for it again.
         """
         while self.life.body.state == "protected":
             with contextlib.suppress(McftError):
                 async with self._turn:
-                    if await self._aligned():
+                    if self.life.body.state != "protected" or await self._aligned():
                         return
             await asyncio.sleep(ALIGN_EVERY_S)
 
@@ -104,7 +110,7 @@ class Pacing:
         try:
             await self._apply(delay_ms, every_ms, max(was_ms, every_ms))
         except McftError:
-            self.life.site.spawn(self.in_line(), f"put {self.life.body.domain}'s delay back")
+            self.put_in_line()
             raise
 
     async def _apply(self, delay_ms: int, every_ms: int, patient_ms: int) -> None:
@@ -136,7 +142,7 @@ class Pacing:
         try:
             await self._set_mc_delay(delay_ms)
         except McftError:
-            self.life.site.spawn(self.in_line(), f"put {self.life.body.domain}'s delay back")
+            self.put_in_line()
             raise
 
     async def _set_mc_delay(self, delay_ms: int) -> None:
@@ -157,7 +163,9 @@ class Pacing:
         )  # fmt: skip
         try:
             await self.life.site.ask(body.peer, "set-delay", told, model.Answer, SET_WITHIN_S)
-        except NotFound as error:  # an older mcft
+        except NotFound as error:
+            if error.code != "no-such-verb":  # (an older mcft)
+                raise
             why = f"{body.peer} does not know the new delay, a take-over goes by the old: {error}"
             self.life.event("delay", why, "warning")
 

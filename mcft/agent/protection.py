@@ -99,7 +99,7 @@ class Primary(Deciding):
         if self.ledger.won or self.body.state in ("solo", "active"):
             return f"{domain} runs without a standby already"
         if self.ledger.newest not in UNDECIDED:
-            raise Refused("not-here", f"{domain} can't go solo here", f"its state is {self.body.state}", f"mcft status {domain}")
+            raise self._not_undecided()
         try:
             await self.site.ask(peer, "state", self.about(), model.Records, 3.0)
         except McftError as error:
@@ -123,6 +123,10 @@ class Primary(Deciding):
         await self.save()
         return f"{domain} runs without a standby; protect it again with: mcft protect {domain} --to {peer}"
 
+    def _not_undecided(self) -> Refused:
+        domain, state = self.body.domain, self.body.state
+        return Refused("not-here", f"{domain} can't go solo here", f"its state is {state}", f"mcft status {domain}")
+
     async def _arbiter_decides(self) -> bool:
         """Whether what is being decided ends within a moment. Where an arbiter answers, nobody's word takes its place: it may
         have decided for the other side, before that one went off."""
@@ -140,6 +144,11 @@ class Primary(Deciding):
     async def override(self, why: str) -> None:
         """The operator's word in place of the standby's: this side goes on, or with its guest down it may start it."""
         await self.stop_deciding()
+        if self.ledger.newest not in UNDECIDED:  # decided in this very moment: a record on its way to the disk stands
+            self.decide(self.go_on, "go on with")
+            if not self.ledger.won:
+                raise self._not_undecided()
+            return
         self.decide(lambda: self.go_solo(why, override=why), "override")
         if self.qemu_alive():
             with contextlib.suppress(Failed):
@@ -256,5 +265,5 @@ class Primary(Deciding):
                 self.to_state("protected")
                 await self.save()
             if self.body.engine != "mc":
-                self.site.spawn(self.pacing.in_line(), f"bring {self.body.domain}'s delay in line")
+                self.pacing.put_in_line()
         self.body.next_try_boottime_ms = min(self.body.next_try_boottime_ms, boottime_ms())

@@ -164,6 +164,11 @@ class Standby(Copy):
             raise Refused("taken", f"{self.site.config.name} has taken {self.body.domain} over")
         await self.site.runner.undo_all(self.steps(), self)
 
+    async def refresh(self) -> None:
+        """Ask the gate how it is; what it does not answer stays empty."""
+        await super().refresh()
+        self.lan_away = self.gate_status.get("lan_away", self.lan_away)
+
     # ---- take-over ----
 
     def on_note(self, kind: str, fields: dict[str, Any]) -> None:

@@ -257,6 +257,7 @@ class Gate:
             if heard is None or heard.word.role == self.state.role:
                 continue
             self.silence.heard(link.name, now_ms)
+            self.lan.peer_spoke()
             changed = (heard.word.qemu, heard.word.closed, heard.word.claiming) != (
                 self.peer.qemu, self.peer.closed, self.peer.claiming
             )  # fmt: skip

@@ -96,6 +96,10 @@ class LanCheck:
             if age < self._sequence - self._forgotten:
                 self.answered_ms = boottime_ms()
 
+    def peer_spoke(self) -> None:
+        """What was asked before that says nothing of the silence that begins now, however late it is answered."""
+        self._forgotten = self._sequence
+
     def forget(self) -> None:
         """We were stalled: only answers to what is asked from now on count, not those that waited in the socket meanwhile."""
         self.answered_ms = float("-inf")

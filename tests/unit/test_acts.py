@@ -158,3 +158,19 @@ async def test_an_arbiter_that_answers_goes_before_an_operators_word(
         await life.solo(force=True, peer_is_off=True)
     assert bool(overridden) is (decided is None)
     life.deciding.cancel()
+
+
+async def test_an_override_does_not_undo_what_was_decided_in_that_moment() -> None:
+    """The operator's word comes while `lost(g)` is being written, which can't be called back. Fails if both win."""
+    went_on: list[str] = []
+
+    async def stop_deciding() -> None:
+        life.ledger.append(Kind.LOST)
+
+    life: Any = object.__new__(Primary)
+    life.ledger = Ledger("p", "primary", 3, [Record(3, kind) for kind in (Kind.PREPARING, Kind.ARMING, Kind.PROTECTED)])
+    life.body = SimpleNamespace(domain="vm1", state="lost")
+    life.stop_deciding, life.decide = stop_deciding, lambda _work, name: went_on.append(name)
+    with pytest.raises(Refused, match="can't go solo here"):
+        await life.override("the operator's word")
+    assert went_on == ["go on with"]

@@ -1028,6 +1028,12 @@ def test_an_answer_of_before_the_loss_is_none() -> None:
     now = boottime_ms()
     assert not lan.ok(now, 300.0)
     lan.ask(now + 100.0)
+    late = echo_reply(lan._sequence)
+    lan.peer_spoke()
+    raw.waiting.append(late)
+    lan._answered()
+    assert not lan.ok(boottime_ms(), 300.0), "asked in a silence that was none"
+    lan.ask(now + 200.0)
     raw.waiting.append(echo_reply(lan._sequence))
     lan._answered()
     assert lan.ok(boottime_ms(), 300.0)

@@ -44,8 +44,9 @@ class World:
         self.life.event = lambda _kind, text, _level="": self.said.append(text)
         self.life.pacing = self.pacing = Pacing(self.life)
 
-    def _spawn(self, work: Any, _name: str) -> None:
+    def _spawn(self, work: Any, _name: str) -> asyncio.Task[None]:
         self.tasks.append(asyncio.create_task(work))
+        return self.tasks[-1]
 
     def _does(self, what: str, *words: Any) -> None:
         failure = self.fails.get(what)
@@ -118,8 +119,11 @@ async def test_a_change_that_fails_is_put_back_as_soon_as_that_can_be(fails: str
         await world.pacing.set_delay(delay_ms)
     for _ in range(50):
         await asyncio.sleep(0)
+    with pytest.raises((Unreachable, Failed)):
+        await world.pacing.set_delay(delay_ms)
     world.fails = {}
-    await asyncio.wait_for(world.tasks[0], 10)
+    assert sum(not task.done() for task in world.tasks) <= 1, "one at a time, however often it fails"
+    await asyncio.wait_for(asyncio.gather(*world.tasks), 10)
     assert (world.life.body.delay_ms, world.qemus_ms, world.gates.delay_ms, world.gates.every_ms) == (1000, 1000, 1000, 1000)
     assert [words for words in world.done if words[0] == "standby"][-1] == ("standby", 1000, 0)
     assert world.patient, world.done
