@@ -34,18 +34,18 @@ class Acts:
         """Refuse what can be refused now; the rest is a job. Raises: NotFound, Refused."""
         if verb == "unprotect" and not any(domain in (lf.body.domain, lf.body.uuid) for lf in self.core.lives.values()):
             info = await self.site.host.info(domain)
-            looks = self.site.jobs.running(info.name)
-            if looks is None or looks.kind != "protect":
+            looks = self.site.jobs.running(info.name, "protect")
+            if looks is None:
                 return self.site.jobs.start(verb, info.name, done("not protected"), request.key)
             await self.site.jobs.cancelled(looks.id)
-            if not any(info.uuid == lf.body.uuid for lf in self.core.lives.values()):
+            if info.uuid not in self.core.lives:
                 return self.site.jobs.start(verb, info.name, done("the protecting was cancelled"), request.key)
         life = self.core.find(domain)
         if verb == "start":
             return coldstart.begin(self.core, life, request)
         acts = {"unprotect": self._unprotect, "failover": self._failover, "solo": self._solo}
-        running = self.site.jobs.running(life.body.domain)
-        if verb == "unprotect" and running is not None and running.kind == "protect":
+        running = self.site.jobs.running(life.body.domain, "protect")
+        if verb == "unprotect" and running is not None:
             await self.site.jobs.cancelled(running.id)
             if (left := self.core.lives.get(life.body.uuid)) is not None and left.ledger.newest is Kind.PREPARING:
                 return self.site.jobs.start(verb, life.body.domain, self._once_undone(left), request.key)

@@ -165,9 +165,8 @@ class Core:
         for life in self.lives.values():
             if domain in (life.body.domain, life.body.uuid):
                 return life
-        running = self.jobs.running(domain)
-        if running is not None and running.kind == "protect":
-            why = f"it is being looked at ({running.step})"
+        if (protecting := self.jobs.running(domain, "protect")) is not None:
+            why = f"it is being looked at ({protecting.step})"
             raise NotFound("not-yet", f"'{domain}' is not protected yet", why, f"mcft wait {domain} --for protected")
         raise NotFound("not-protected", f"no protection of '{domain}' on this host", "", f"mcft protect {domain} --to PEER")
 
@@ -248,8 +247,7 @@ class Core:
         if request.delay_ms is not None:
             if not DELAY_MIN_MS <= request.delay_ms <= DELAY_MAX_MS:
                 raise Usage("bad-delay", f"a delay of {request.delay_ms} ms is out of range", "it must be 10ms to 10s")
-            running = self.jobs.running(life.body.domain)
-            if running is not None and running.kind == "protect" and life.body.state != "protected":
+            if life.body.state != "protected" and self.jobs.running(life.body.domain, "protect") is not None:
                 raise Refused(
                     "busy", f"{life.body.domain} is being protected", "its hosts would go by different delays",
                     f"mcft wait {life.body.domain} --for protected; then again",

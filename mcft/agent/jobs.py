@@ -120,9 +120,10 @@ class Jobs:
         """A job as it is now. Raises NotFound("no-such-job")."""
         return self._job(job_id).body
 
-    def running(self, domain: str) -> api.JobBody | None:
-        """The running job of a domain, if there is one."""
-        return next((j.body for j in self._jobs.values() if j.running and j.body.domain == domain), None)
+    def running(self, domain: str, kind: str = "") -> api.JobBody | None:
+        """The running job of a domain, if there is one (of that kind)."""
+        found = (j.body for j in self._jobs.values() if j.running and j.body.domain == domain)
+        return next((body for body in found if kind in ("", body.kind)), None)
 
     async def wait(self, job_id: str, wait_s: float = 0.0) -> api.JobBody:
         """Wait up to `wait_s` seconds for the job's next change; a finished job is answered at once.

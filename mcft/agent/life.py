@@ -303,21 +303,22 @@ class Life:
         await streams.drop_credentials(self.qmp)
         # Only now: before, a guest that is started on the disk alone would see an older one, and protecting again by
         # itself would meet this cleaning.
+        await self._without_overlays()
+        self.event("take-over", "the overlays are committed; nothing of the take-over is left in the domain")
+
+    async def _without_overlays(self) -> None:
+        """From now on the disk alone is the truth, and may be started."""
         self.body.overlays_g = 0
         self.label()
         self.site.markers.free(self.body.uuid)
         await self.save()
-        self.event("take-over", "the overlays are committed; nothing of the take-over is left in the domain")
 
     async def _leave_mc(self) -> None:
         """After a take-over: nothing of mcft's is in that QEMU but its capabilities, which are off already."""
         await self.gate.end()
         await self.clear_quickack()
         await self.site.host.unwatch(self.body.uuid)
-        self.body.overlays_g = 0
-        self.label()
-        self.site.markers.free(self.body.uuid)
-        await self.save()
+        await self._without_overlays()
 
     async def commit_offline(self) -> None:
         """The guest ended before QEMU had committed its overlays: the disk alone is wrong. Asked twice, it is done once."""
@@ -327,10 +328,7 @@ class Life:
 
     async def _commit_offline(self) -> None:
         await overlays.commit_files(self.body.disks, self.body.overlays_g)
-        self.body.overlays_g = 0
-        self.label()
-        self.site.markers.free(self.body.uuid)
-        await self.save()
+        await self._without_overlays()
         self.event("disk", "the overlays of the take-over were committed offline; the disk alone is the truth now")
 
     async def peer_silent(self) -> bool:
