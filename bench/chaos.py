@@ -195,8 +195,8 @@ class Chaos:
     def finish(self, primary: Host, load: Load) -> None:
         """Everything acknowledged is there: in memory, on both disks, and after a reboot."""
         load.connection.ask("finish"), load.writer.ask("finish")
-        self.tally.lines += settled(load.connection, 60)["echoed"]
-        settled(load.writer, 60)
+        self.tally.lines += settled(load.connection)["echoed"]
+        settled(load.writer)
         self.tally.writes += verified(load.writer)
         load.observer.clean()
         self.disks_are_equal(primary)

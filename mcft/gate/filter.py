@@ -23,6 +23,9 @@ from mcft.gate.loop import Commands, Task
 from mcft.gate.taplease import TapLease
 from mcft.netbuffer import NetBuffer
 
+BACKLOG_MS = 5000.0  # for what was held, while the guest runs
+STANDING_MS = 1000.0  # for the rest, while it stands still
+
 
 class BufferSide(Protocol):
     """A network buffer with what it needs of the gate: its loop, its monitor, its state file."""
@@ -204,9 +207,11 @@ class FilterSide:
 
     def _detaching_task(self, answer: Answer) -> Task:
         """Only in pass-through, and with the guest standing still for some ms: what it sends next would otherwise
-        overtake what is still on its way through our sockets."""
+        overtake what is still on its way through our sockets. What was held for long is said before that: QEMU may need
+        seconds for it, and what it has not taken when its end goes is lost."""
         self._detaching = True
         yield self.gate.qemu.until_connected()
+        yield self.gate.wait(self._settled, BACKLOG_MS)
         objects, chardevs, status = yield Commands(
             [("qom-list", {"path": "/objects"}), ("query-chardev", {}), ("query-status", {})]
         )
@@ -214,7 +219,7 @@ class FilterSide:
         if running:
             yield Commands([("stop", {})])
         self.buffer.open()
-        yield self.gate.wait(self._settled, 1000.0)
+        yield self.gate.wait(self._settled, STANDING_MS)
         names_ = [row["name"] for row in objects.get("return", [])]
         labels = [row["label"] for row in chardevs.get("return", [])]
         replies = yield Commands([*detach_commands(names_, labels), *([("cont", {})] if running else [])])

@@ -14,6 +14,8 @@ from typing import Any
 
 from world import LAB, SLOW, guest_answers, now, until
 
+TCP_S = 120.0  # RTO_MAX, after which TCP has sent again whatever was lost (tcp(7), RFC 6298)
+
 
 class Client:
     """One of the programs, running on cl (or `where`) until it is closed."""
@@ -103,15 +105,19 @@ class Load:
         assert not self.writer.ask("report")["error"], self.writer.ask("report")
 
     def goes_on(self, timeout: float = 20.0) -> None:
-        """Until each gets further than it is now."""
+        """Until each gets further than it is now.
+
+        The beacon within the timeout. A connection has TCP's: what was held for ten seconds is to TCP a round trip of ten
+        seconds, and the next packet that is lost, as one is in the burst of a release, is sent again half a minute later.
+        """
         lines, writes = self.connection.ask("report")["echoed"], self.writer.ask("report")["acknowledged"]
         self.observer.hears(timeout)
         until(
-            lambda: self.connection.ask("report")["echoed"] > lines, timeout,
+            lambda: self.connection.ask("report")["echoed"] > lines, max(timeout, TCP_S),
             lambda: f"the open connection goes on\n{self.said()}",
         )  # fmt: skip
         until(
-            lambda: self.writer.ask("report")["acknowledged"] > writes, timeout,
+            lambda: self.writer.ask("report")["acknowledged"] > writes, max(timeout, TCP_S),
             lambda: f"redis acknowledges further writes\n{self.said()}",
         )  # fmt: skip
 
@@ -124,11 +130,11 @@ class Load:
             f"the guest {'answers' if guest_answers() else 'does NOT answer'} on its control port"
         )
 
-    def finished(self, timeout: float = 30.0) -> dict[str, Any]:
+    def finished(self) -> dict[str, Any]:
         """End them: every line came back once and in order, every acknowledged write is there."""
         self.connection.ask("finish"), self.writer.ask("finish")
-        settled(self.connection, timeout)
-        settled(self.writer, timeout)
+        settled(self.connection)
+        settled(self.writer)
         verified(self.writer)
         return self.observer.clean()
 
@@ -137,11 +143,11 @@ class Load:
             client.close()
 
 
-def settled(client: Client, timeout: float = 30.0) -> dict[str, Any]:
+def settled(client: Client) -> dict[str, Any]:
     """Until nothing that was sent is unanswered; the report, which has no error."""
     report = until(
         lambda: (r := client.ask("report")) and (r["error"] or not r["open"]) and r,
-        timeout,
+        TCP_S,
         lambda: f"all of {client.program} is answered: {client.ask('report')}",
     )
     assert not report["error"], f"{client.program}: {report}"

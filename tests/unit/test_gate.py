@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -296,6 +297,21 @@ def test_opening_needs_given_up_or_a_win(primary: GateLab) -> None:
     assert inn.recv(1000) == frame(b"x")
     agent.ask("detach")
     assert primary.qmp.objects == [] and primary.qmp.chardevs == ["charserial0"]
+
+
+def test_what_was_held_for_long_is_said_before_the_guest_is_stopped_for_the_detach(primary: GateLab) -> None:
+    """QEMU takes its time. Fails if the filters go meanwhile (what it has not taken is lost), or the guest stands for it."""
+    agent = protected(primary)
+    out, inn = primary.ends(1)
+    out.sendall(frame(b"x"))
+    agent.ask("open", because="given-up")
+    with ThreadPoolExecutor() as pool:
+        detached = pool.submit(agent.ask, "detach")
+        primary.peer.next()
+        assert not primary.qmp.sent("stop") and not primary.qmp.sent("object-del")
+        assert inn.recv(1000) == frame(b"x")
+        detached.result(10)
+    assert primary.qmp.sent("stop") and primary.qmp.objects == []
 
 
 def test_restarted_gate_releases_nothing_of_the_old_ones(primary: GateLab) -> None:

@@ -25,7 +25,7 @@ def test_a_power_loss_under_kvm_and_vhost(load: Load) -> None:
     load.goes_on()
     print(f"power loss under KVM: the client's gap {load.observer.gap(at_s, 120):.2f} s; before: {held}")
     load.unhurt()
-    load.finished(60)
+    load.finished()
     H1.power_on()
     H1.await_lost(40)
     until(lambda: "mcft-" not in pieces(H1), 20, "no piece of the lost guest's buffer is left")

@@ -140,4 +140,4 @@ def test_the_standby_dies(seen: Load) -> None:
     print(f"unprotect {time.monotonic() - began_s:.1f} s")
     assert H2.qemu_pid() is None or H1.qemu_pid() is None
     seen.goes_on()
-    seen.finished(60)
+    seen.finished()

@@ -132,4 +132,4 @@ def test_unprotect_with_traffic(load: Load) -> None:
     print("beacons:", {key: report[key] for key in ("count", "missing", "violation_count", "holes", "gaps")})
     assert report["missing"] == 0 and report["violation_count"] == 0
     assert pieces(host).strip() == "", pieces(host)
-    load.finished(60)
+    load.finished()
