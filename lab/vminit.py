@@ -6,6 +6,7 @@ Runs on the machine's own Python, without a venv. Anything that fails here is sh
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import pathlib
 import subprocess
@@ -16,6 +17,7 @@ import tty
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 POWER_OFF = 0x4321FEDC  # reboot(2), LINUX_REBOOT_CMD_POWER_OFF
+KVM_CREATE_VM = 0xAE01  # linux/kvm.h
 PLACES = (
     ("proc", "/proc"), ("sysfs", "/sys"), ("cgroup2", "/sys/fs/cgroup"), ("devtmpfs", "/dev"), ("devpts", "/dev/pts"),
     ("tmpfs", "/dev/shm"),
@@ -40,6 +42,16 @@ def places() -> None:
         for line in (JOB / "rooms").read_text().splitlines():
             target, size = line.rsplit(" ", 1)
             mount("tmpfs", target, f"size={size}")
+
+
+def one_guest() -> int:
+    """A guest of KVM's that never runs, for as long as this file is open.
+
+    The first guest's begin and the last one's end patch the scheduler's code under the other processor (preempt_notifier_key). An
+    emulator whose translator misses such a change dies of it ("Oops: int3" in __schedule): so the first one comes before all.
+    """
+    with open("/dev/kvm", "rb") as device:
+        return fcntl.ioctl(device, KVM_CREATE_VM, 0)
 
 
 def words(name: str) -> list[str]:
@@ -69,6 +81,8 @@ def main() -> None:
     for number in (0, 1, 2):
         os.dup2(port, number)
     os.system("ip link set lo up")
+    if (JOB / "rooms").exists() and os.path.exists("/dev/kvm"):
+        one_guest()
     code = run()
     termios.tcdrain(1)
     (JOB / "code").write_text(f"{code}\n")

@@ -18,7 +18,7 @@ import world
 from watching import Load, watching
 
 KVM = bool(os.environ.get("MCFT_LAB_KVM"))
-# Engine mc's story takes 6 minutes in the VM, and can't be told whole in user-mode Linux: by name only (`make test-mc-plug`).
+# Engine mc's story takes 12 minutes in the VM, and can't be told whole in user-mode Linux: by name only (`make test-mc-plug`).
 collect_ignore = ["test_takeover.py" if KVM else "test_kvm.py", "test_mc.py"]
 BEACON_US = 50_000  # a beacon every ms, the lab's own, keeps this kernel's one CPU busy with the guest alone
 

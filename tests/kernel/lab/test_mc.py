@@ -3,7 +3,7 @@
 libvirt, agents, gates, plug and guest are real; QEMU is a stand-in (`tests/mcqemu`: its first line says so). A guest without a
 disk of the host's. MCFT_SEED repeats the random moments.
 
-`make test-mc-plug`, in the VM, under KVM: 6 minutes, so not part of `make test`. In user-mode Linux the story ends with the
+`make test-mc-plug`, in the VM, under KVM: 12 minutes, so not part of `make test`. In user-mode Linux the story ends with the
 first kill and protecting back: Debian's kernel for it lacks CONFIG_INET_DIAG_DESTROY, so a stream can't be broken there, and the
 copy whose primary lost its power, or was cut off, waits in it for 70 s and longer.
 """
