@@ -307,7 +307,9 @@ class Primary:
         self.output.detach(answer)
 
     def _on_yank(self, request: dict[str, Any], answer: Answer) -> None:
-        self._close("yanked by the agent")
+        """The end of whatever was held for that stream; what passes rests on none, and goes on (it may be seconds of backlog)."""
+        if self.gate.state.mode != "pass":
+            self._close("yanked by the agent")
         self._yank()
         answer({})
 

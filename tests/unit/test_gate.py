@@ -314,6 +314,23 @@ def test_what_was_held_for_long_is_said_before_the_guest_is_stopped_for_the_deta
     assert primary.qmp.sent("stop") and primary.qmp.objects == []
 
 
+def test_a_yank_closes_what_holds_and_nothing_that_passes(primary: GateLab) -> None:
+    """An undo breaks the stream after the guest went on alone. Fails if it is muted for that: with its taps down, what was
+    released and QEMU has not said yet is lost."""
+    agent = protected(primary)
+    out, inn = primary.ends(1)
+    agent.ask("yank")
+    assert agent.ask("status")["mode"] == "closed"
+    out.sendall(frame(b"held"))
+    agent.ask("open", because="given-up")
+    agent.ask("yank")
+    assert agent.ask("status")["mode"] == "pass"
+    assert inn.recv(1000) == frame(b"held")
+    out.sendall(frame(b"on it goes"))
+    assert inn.recv(1000) == frame(b"on it goes")
+    until(lambda: len(primary.qmp.sent("yank")) >= 2, "the stream is broken all the same")
+
+
 def test_restarted_gate_releases_nothing_of_the_old_ones(primary: GateLab) -> None:
     agent = protected(primary)
     out, inn = primary.ends(1)
