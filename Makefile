@@ -49,9 +49,11 @@ test-kernel: test-plug test-uml test-kvm test-rdma
 test-plug: venv
 	lab/uml $(CURDIR)/$(RUN) -m pytest tests/kernel --ignore=tests/kernel/lab -v -p no:cacheprovider
 
-# Then under a real guest: the whole lab over there.
+# Then under a real guest: the whole lab over there; and engine mc's story on plug as far as that kernel can tell it.
+MC_ON_UML := tests/kernel/lab/test_mc.py::test_protect_and_set tests/kernel/lab/test_mc.py::test_killed_and_protected_back
 test-uml: venv
 	MCFT_UML_TIMEOUT_S=$(if $(MCFT_EVIDENCE),2400,1200) lab/uml --lab $(CURDIR)/$(RUN) -m pytest tests/kernel/lab -v -p no:cacheprovider
+	MCFT_UML_TIMEOUT_S=1200 lab/uml --lab $(CURDIR)/$(RUN) -m pytest $(MC_ON_UML) -v -s -p no:cacheprovider
 
 # And under one on KVM with vhost-net, in a VM whose processor is emulated.
 test-kvm: venv

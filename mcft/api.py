@@ -205,14 +205,14 @@ class Events(msgspec.Struct, frozen=True):
 class ProtectRequest(msgspec.Struct, frozen=True):
     """POST /v1/protections → JobBody. disks: target → path on the standby; overwrite: paths that may be.
 
+    delay_ms, arbiter: None: as configured. engine, netbuffer: "auto": as configured, and then by asking QEMU and the kernel.
     rdma_device: a device's name, "auto" or "off"; empty: as the configuration says.
-    arbiter: None: as configured.
     mc: engine `mc`'s options, None for those of the configuration. experimental: what nobody could try may be used.
     """
 
     domain: str
     to: str
-    delay_ms: int = 100
+    delay_ms: int | None = None
     engine: EngineChoice = "auto"
     netbuffer: BufferChoice = "auto"
     disks: dict[str, str] = {}

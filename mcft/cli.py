@@ -64,7 +64,7 @@ def cli(ctx: click.Context, host: str | None, config: Path | None) -> None:
 @cli.command()
 @options.domain_argument()
 @click.option("--to", "to", required=True, metavar="PEER", help="The host that holds the standby.")
-@options.delay_option(default="100ms", show_default=True)
+@options.delay_option(show_default="as configured, 100ms")
 @click.option("--engine", type=click.Choice(get_args(api.EngineChoice)), default="auto", show_default=True)
 @click.option("--netbuffer", type=click.Choice(get_args(api.BufferChoice)), default="auto", show_default=True)
 @click.option("--arbiter", type=click.Choice(get_args(api.ArbiterKind)), help="Who decides at a loss; default: as configured.")
@@ -82,7 +82,7 @@ def protect(
     /,
     domain: str,
     to: str,
-    delay: int,
+    delay: int | None,
     engine: api.EngineChoice,
     netbuffer: api.BufferChoice,
     arbiter: api.ArbiterKind | None,
@@ -186,7 +186,7 @@ def set_(session: _Session, domain: str, delay: int) -> None:
 @cli.command()
 @options.domain_argument()
 @click.option("--to", "to", required=True, metavar="PEER", help="The host that would hold the standby.")
-@options.delay_option(default="100ms", show_default=True)
+@options.delay_option(show_default="as configured, 100ms")
 @click.option("--engine", type=click.Choice(get_args(api.EngineChoice)), default="auto", show_default=True)
 @click.option("--netbuffer", type=click.Choice(get_args(api.BufferChoice)), default="auto", show_default=True)
 @options.mc_options
@@ -202,7 +202,7 @@ def check(
     /,
     domain: str,
     to: str,
-    delay: int,
+    delay: int | None,
     engine: api.EngineChoice,
     netbuffer: api.BufferChoice,
     disks: tuple[str, ...],

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
 
 from mcft import configvalues as read
-from mcft.api import ArbiterKind, BufferChoice, McOptions, Transport
+from mcft.api import ArbiterKind, BufferChoice, EngineChoice, McOptions, Transport
 from mcft.errors import NotFound, Usage
 
 DEFAULT_PATH = Path("/etc/mcft/mcft.toml")
@@ -70,6 +70,8 @@ class Config:
     loss_ms: int = 300
     rdma_device: str = "auto"
     auto_protect: bool = True
+    delay_ms: int = 100
+    engine: EngineChoice = "auto"
     netbuffer: BufferChoice = "auto"
     buffer_limit_bytes: int = 0  # per NIC; 0: as the buffer thinks fit
     max_bandwidth_bytes: int = 10 * 2**30
@@ -169,6 +171,8 @@ def parse(text: str, origin: str = str(DEFAULT_PATH)) -> Config:
 
     protect = top.table("protect")
     protect.take(values, "auto_protect", "auto", read.flag)
+    protect.take(values, "delay_ms", "delay", read.delay)
+    protect.take(values, "engine", "engine", read.one_of(get_args(EngineChoice)))
     protect.take(values, "netbuffer", "netbuffer", read.one_of(get_args(BufferChoice)))
     protect.take(values, "buffer_limit_bytes", "buffer_limit", read.buffer_limit)
     protect.take(values, "max_bandwidth_bytes", "max_bandwidth", read.bandwidth)

@@ -78,6 +78,10 @@ def loss(raw: Any) -> int:
     return round(milliseconds)
 
 
+def delay(raw: Any) -> int:
+    return units.parse_delay_ms(_quantity(raw, "100ms"))
+
+
 def rdma_device(raw: Any) -> str:
     """A device's name, "auto" or "off". Raises: ValueError with what to write."""
     if not isinstance(raw, str) or not _DEVICE.fullmatch(raw):

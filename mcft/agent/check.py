@@ -11,7 +11,10 @@ import os
 import secrets
 import time
 import xml.etree.ElementTree as ET
+from functools import partial
 from typing import TYPE_CHECKING
+
+from msgspec import structs
 
 from mcft import __version__, api, netbuffer, streams
 from mcft.agent import buffers, checkpeer, diskfiles, domainxml, mccheck, model, prediction, rdma
@@ -142,7 +145,7 @@ class Checker:
     async def _see_domain(self, life: Primary, live: str) -> None:
         findings, name = self.findings, life.body.domain
         self.qemu = await running_qemu(life.qmp)
-        life.body.engine = engine = await mccheck.choose_engine(life.qmp, self.request.engine)
+        life.body.engine = engine = await mccheck.choose_engine(life.qmp, self.request.engine, self.config)
         says = f"{name} runs on QEMU {self.qemu}, which can checkpoint it ({engine})"
         await findings.tried(refuse_engine(life), "engine", says)
         await findings.tried(refuse_busy(life.qmp, name), "idle", "no block job and no migration is under way")
@@ -164,15 +167,19 @@ class Checker:
         refusals = [*mccheck.disk_refusals(live), *await mccheck.nic_refusals(live, life.qmp)]
         for refusal in refusals:
             self.findings.refuse(refusal)
-        try:
-            mccheck.refuse_tls(self.config)
-            mc.refuse_transport(life.body.mc, self.config.name)
-        except Refused as refusal:
-            self.findings.refuse(refusal)
+        for look in (partial(mccheck.refuse_tls, self.config), partial(mc.refuse_transport, life.body.mc, self.config.name)):
+            try:
+                look()
+            except Refused as refusal:
+                self.findings.refuse(refusal)
         if not refusals:
             self.findings.ok("mc", "no disk of the host's is written, and its NICs can follow")
         if (finding := await asyncio.to_thread(mccheck.kernel_finding)) is not None:
             self.findings.warn("sock-destroy", *finding)
+        if life.body.mc.transport == "rdma":
+            why = "an RDMA stream has no socket that could be broken on this side"
+            says = "a take-over after a silent loss waits until QEMU gives up, 70 s or more"
+            self.findings.warn("mc-rdma", says, why, "--transport tcp")
         if not mccheck.second_monitor(live):
             why = "this QEMU can't add a monitor while it runs"
             so = "start the domain with a second monitor (docs/engines.md), and they pass without the agent too"
@@ -183,16 +190,16 @@ class Checker:
             self.findings.refuse(refusal)
 
     async def _see_nics(self, nics: list[netbuffer.Nic]) -> None:
-        asked = self.request.netbuffer if self.request.netbuffer != "auto" else self.config.netbuffer
-        ways = set()
-        for nic in nics:
-            if nic.kind in ("hostdev", "vhostuser", "vdpa"):
-                continue  # refused as a device already
+        asked = self.core.protecting.buffer_asked(self.request)
+        body = self.life.body if self.life is not None else None
+        ways: set[netbuffer.Way] = set()
+        nics = [nic for nic in nics if nic.kind not in ("hostdev", "vhostuser", "vdpa")]  # refused as a device already
+        for these in [nics] if asked == "qemu" and nics else [[nic] for nic in nics]:
             try:
-                if self.life is not None and self.life.body.engine == "mc":
-                    ways.add(await mccheck.choose_buffer(asked, [nic], self.life.body.arbiter))
+                if body is not None and body.engine == "mc":
+                    ways.add(await mccheck.choose_buffer(asked, structs.replace(body, nics=these)))
                 else:
-                    ways.add(await buffers.choose(asked, [nic]))
+                    ways.add(await buffers.choose(asked, these))
             except Refused as refusal:
                 self.findings.refuse(refusal)
         if ways == {"none"}:
@@ -346,7 +353,7 @@ class Checker:
             rate, why_not = await prediction.dirty_rate(life.qmp), ""
         except Failed as error:
             rate, why_not = None, ": ".join(part for part in (error.message, error.reason) if part)
-        return prediction.predict(rate, self.request.delay_ms, carries, why, why_not)
+        return prediction.predict(rate, self.core.protecting.delay_asked_ms(self.request), carries, why, why_not)
 
 
 # ---- pure ----

@@ -21,6 +21,7 @@ from mcft.agent import diskfiles, domainxml, mccheck, model, rdma
 from mcft.agent.findings import Findings
 from mcft.agent.qemuprobe import QemuProbe, trustworthy
 from mcft.api import Finding
+from mcft.engines import mc
 from mcft.errors import Failed, McftError, Refused
 from mcft.units import format_bytes
 
@@ -344,13 +345,23 @@ async def engine(scene: Scene, probe: QemuProbe) -> Finding:
     if not trustworthy(probe.path):
         why = "only a file that root alone can write is started for that"
         return Finding("warning", "engine-there", f"the QEMU of {scene.host} was not asked whether it can follow", why)
-    if scene.request.engine == "mc" and (finding := mccheck.kernel_finding()):
-        says, why_not, so = finding
-        return Finding("warning", "sock-destroy", f"{scene.host}: {says}", why_not, so)
     async with probe:
         if refusal := await mccheck.unsupported(probe, scene.request.engine, scene.request.mc):
             raise Refused("engine", f"{scene.host} can't follow {scene.request.domain}", refusal)
     return Finding("ok", "engine-there", f"the QEMU of {scene.host}, {probe.version}, can follow")
+
+
+async def breakable(scene: Scene) -> Finding | None:
+    """Whether a dead stream of engine mc can be broken there."""
+    finding = mccheck.kernel_finding() if scene.request.engine == "mc" else None
+    return finding and Finding("warning", "sock-destroy", f"{scene.host}: {finding[0]}", *finding[1:])
+
+
+async def transport(scene: Scene) -> Finding | None:
+    """Whether engine mc's checkpoints can travel that way. Raises: Refused ("no-rdma")."""
+    if scene.request.engine == "mc":
+        mc.refuse_transport(scene.request.mc, scene.host)
+    return None
 
 
 async def rdma_keepalive(scene: Scene) -> Finding | None:
@@ -371,5 +382,5 @@ def host_cpu(path: str = "/proc/cpuinfo") -> tuple[str, str]:
 
 
 FITS: tuple[Callable[[Scene], Awaitable[Finding | None]], ...] = (
-    way_to_libvirt, machine, files, cpu, networks, memory, room, rdma_keepalive
+    way_to_libvirt, machine, files, cpu, networks, memory, room, rdma_keepalive, breakable, transport
 )  # fmt: skip

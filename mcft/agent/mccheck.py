@@ -12,7 +12,7 @@ import xml.etree.ElementTree as ET
 from typing import TYPE_CHECKING
 
 from mcft import api, netbuffer, sockbreak
-from mcft.agent import buffers, mcnet
+from mcft.agent import buffers, mcnet, model
 from mcft.agent.domainxml import QEMU_NS
 from mcft.config import Config
 from mcft.engines import mc
@@ -26,8 +26,10 @@ if TYPE_CHECKING:  # so that it can be tested without libvirt
 OFFLOADS = "ctrl_guest_offloads"
 
 
-async def choose_engine(qmp: Executor, asked: api.EngineChoice) -> api.EngineChoice:
-    """By asking QEMU, never by its version. Raises: QmpError."""
+async def choose_engine(qmp: Executor, asked: api.EngineChoice, config: Config) -> api.EngineChoice:
+    """In the request, or else in the configuration, or else by asking QEMU, never by its version. Raises: QmpError."""
+    if asked == "auto":
+        asked = config.engine
     if asked != "auto":
         return asked
     return "mc" if await mc.offers(qmp) else "colo"
@@ -120,16 +122,25 @@ def refuse_tls(config: Config) -> None:
         )  # fmt: skip
 
 
-async def choose_buffer(asked: api.BufferChoice, nics: list[netbuffer.Nic], arbiter: str) -> netbuffer.Way:
+async def choose_buffer(asked: api.BufferChoice, body: model.Body) -> netbuffer.Way:
     """mcft's own plug, none by name, or QEMU's own. Raises: Refused: this QEMU has no redirector filter."""
+    nics = body.nics
     if asked == "qemu":
-        await mcnet.refuse(nics, arbiter)
+        await mcnet.refuse(nics, body.arbiter, body.qemu_pid)
         return "qemu"
     if asked == "filter":
         raise Refused("no-filter", "engine mc's QEMU has no redirector filter", "it is older", "use --netbuffer plug")
     if asked == "none" or not nics:
         return "none"
-    return await buffers.choose("plug", nics)
+    try:
+        return await buffers.choose("plug", nics)
+    except Refused as refusal:
+        if refusal.code != "no-plug":
+            raise
+        raise Refused(
+            "no-plug", "engine mc has no network buffer but plug, which is not possible here", refusal.reason,
+            "load its modules, or accept unbuffered output with --netbuffer none",
+        ) from None  # fmt: skip
 
 
 async def unsupported(qmp: Executor, engine: str, options: api.McOptions) -> str:

@@ -12,6 +12,7 @@ import asyncio
 import errno
 import re
 import socket
+from pathlib import Path
 from typing import Any
 
 from pyroute2 import IPRoute
@@ -21,6 +22,8 @@ from mcft import netbuffer, plugkernel
 from mcft.errors import Failed, Refused
 from mcft.plugwire import ETH_P_ALL, INGRESS_HANDLE
 
+CAP_NET_ADMIN = 12  # linux/capability.h
+LIBNL_MODULES = tuple(f"usr/{lib}/libnl*/cli/qdisc/plug.so" for lib in ("lib", "lib64", "lib/*", "local/lib"))
 UNSAFE = "QEMU's own buffer (--netbuffer qemu) lets everything out once its standby is gone"
 
 
@@ -35,7 +38,7 @@ def ifb_name(tap: str) -> str:
     return name
 
 
-async def refuse(nics: list[netbuffer.Nic], arbiter: str) -> None:
+async def refuse(nics: list[netbuffer.Nic], arbiter: str, qemu_pid: int) -> None:
     """Raises: Refused for what that QEMU can't buffer here."""
     if arbiter != "fence":
         raise Refused(
@@ -50,6 +53,25 @@ async def refuse(nics: list[netbuffer.Nic], arbiter: str) -> None:
         raise Refused("no-plug", "netbuffer qemu is not possible here", why, "load its modules")
     if why := await asyncio.to_thread(plugkernel.trial):
         raise Refused("no-plug", "netbuffer qemu is not possible here", why, "load its modules")
+    if why := await asyncio.to_thread(why_not_by_itself, qemu_pid):
+        raise Refused("no-right", "netbuffer qemu would end this QEMU", why, "use mcft's own (--netbuffer plug)")
+
+
+def why_not_by_itself(qemu_pid: int, root: str = "/") -> str:
+    """What that QEMU lacks to drive a plug (it exits, and the guest with it); empty if nothing does.
+
+    The right: CapEff of proc(5). libnl finds each qdisc's module by its name (`lib/netlink/cli/utils.c`).
+    """
+    try:
+        status = Path(root, "proc", str(qemu_pid), "status").read_text(encoding="ascii")
+    except OSError as error:
+        return f"its rights can't be read: {error.strerror}"
+    rights = next((int(line.split()[1], 16) for line in status.splitlines() if line.startswith("CapEff:")), 0)
+    if not rights >> CAP_NET_ADMIN & 1:
+        return "it has no CAP_NET_ADMIN: libvirt starts QEMU without it"
+    if not any(found for place in LIBNL_MODULES for found in Path(root).glob(place)):
+        return "libnl's module for plug (cli/qdisc/plug.so) is not installed"
+    return ""
 
 
 async def prepare(tap: str) -> None:

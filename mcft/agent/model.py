@@ -79,6 +79,7 @@ class Body(msgspec.Struct):
     arbiter_trouble: str = ""  # why it can't decide any more, until an operator arms anew
     claim: Intent | None = None  # begun, perhaps sent, not resolved
     mc: McOptions = McOptions()
+    capabilities: list[str] = []  # what engine mc turned on, as its QEMU spells it
     second_monitor: str = ""  # of a domain with engine mc that was started with one
     stream_path: str = ""  # transport unix: where the standby's QEMU listens
     experimental: bool = False

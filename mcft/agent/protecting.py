@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 from typing import TYPE_CHECKING
 
+from msgspec import structs
+
 from mcft import api, diskreplica, generations
 from mcft.agent import buffers, check, domainxml, maintenance, mccheck, model, protection
 from mcft.agent.jobs import JobHandle, done
@@ -13,6 +15,7 @@ from mcft.agent.life import AT_REST_WITHIN_S, Life
 from mcft.agent.protection import Primary
 from mcft.configvalues import rdma_device
 from mcft.diskreplica import Disk
+from mcft.engines import mc
 from mcft.errors import Refused, Remains, Usage
 from mcft.generations import Kind, Ledger
 from mcft.libvirt_bridge import DomainInfo
@@ -44,13 +47,14 @@ class Protecting:
 
     async def named(self, request: api.ProtectRequest) -> DomainInfo:
         """The domain, if the request's words are sound and the peer is one. Raises: Usage, Refused, NotFound."""
-        if not DELAY_MIN_MS <= request.delay_ms <= DELAY_MAX_MS:
-            raise Usage("bad-delay", f"a delay of {request.delay_ms} ms is out of range", "10ms to 10s", "--delay 100ms")
+        delay_ms = self.delay_asked_ms(request)
+        if not DELAY_MIN_MS <= delay_ms <= DELAY_MAX_MS:
+            raise Usage("bad-delay", f"a delay of {delay_ms} ms is out of range", "10ms to 10s", "--delay 100ms")
         try:
             rdma_device(request.rdma_device or "auto")
         except ValueError as error:
             raise Usage("bad-rdma-device", f"--rdma-device {error}") from None
-        if request.netbuffer == "qemu" and not request.experimental:
+        if self.buffer_asked(request) == "qemu" and not request.experimental:
             raise Refused(
                 "experimental", "netbuffer qemu was never seen at work", "no kernel with sch_plug was at hand for that QEMU",
                 "add --experimental, or use --netbuffer plug",
@@ -59,6 +63,13 @@ class Protecting:
         if self.site.maintenance:
             raise maintenance.refuse(self.site.config.name)
         return await self.site.host.info(request.domain)
+
+    def delay_asked_ms(self, request: api.ProtectRequest) -> int:
+        """In the request, or else in the configuration; so for the buffer."""
+        return self.site.config.delay_ms if request.delay_ms is None else request.delay_ms
+
+    def buffer_asked(self, request: api.ProtectRequest) -> api.BufferChoice:
+        return request.netbuffer if request.netbuffer != "auto" else self.site.config.netbuffer
 
     def already(self, life: Life, request: api.ProtectRequest) -> str:
         """Empty if this protection may be made (anew), "already" if it is there. Raises: Refused."""
@@ -73,21 +84,35 @@ class Protecting:
             raise Refused(
                 "other-peer", f"{body.domain} is protected to {body.peer} already", "", f"mcft unprotect {body.domain} first"
             )  # fmt: skip
-        other_rdma = request.rdma_device not in ("", body.rdma_asked)
-        if body.delay_ms != request.delay_ms or request.netbuffer not in ("auto", body.buffer_asked) or other_rdma:
-            raise Refused(
-                "other-settings", f"{body.domain} is protected to {body.peer} with other settings",
-                f"delay {body.delay_ms} ms, buffer {body.buffer_asked}", f"mcft set {body.domain} --delay {request.delay_ms}ms",
-            )  # fmt: skip
-        if request.arbiter not in (None, body.arbiter):
-            raise Refused(
-                "other-settings", f"{body.domain} is protected to {body.peer} with arbiter {body.arbiter}",
-                "the arbiter is changed only with a generation",
-                f"mcft unprotect {body.domain}, then: mcft protect {body.domain} --to {body.peer} --arbiter {request.arbiter}",
-            )  # fmt: skip
+        if other := self._other_settings(body, request):
+            raise other
         if body.state == "protected":
             return "already"
         raise Refused("busy", f"{body.domain} is {body.state}", body.reason, f"mcft wait {body.domain} --for protected")
+
+    @staticmethod
+    def _other_settings(body: model.Body, request: api.ProtectRequest) -> Refused | None:
+        """Why this is not the protection that is asked for, if it is not."""
+        domain, peer = body.domain, body.peer
+        if request.delay_ms not in (None, body.delay_ms):
+            return Refused(
+                "other-settings", f"{domain} is protected to {peer} with another delay", f"{body.delay_ms} ms",
+                f"mcft set {domain} --delay {request.delay_ms}ms",
+            )  # fmt: skip
+        has = {
+            "engine": (request.engine, ("auto", body.engine), body.engine),
+            "network buffer": (request.netbuffer, ("auto", body.buffer_asked, body.buffer), body.buffer),
+            "RDMA device for keepalives": (request.rdma_device, ("", body.rdma_asked), body.rdma_asked or "as configured"),
+            "arbiter": (request.arbiter, (None, body.arbiter), body.arbiter),
+            "options of engine mc": (request.mc, (None, body.mc), " ".join(mc.words(body.mc))),
+        }
+        for what, (asked, same, now) in has.items():
+            if asked not in same:
+                return Refused(
+                    "other-settings", f"{domain} is protected to {peer} with another {what}", now,
+                    f"mcft unprotect {domain}, then protect it anew",
+                )  # fmt: skip
+        return None
 
     async def now(self, request: api.ProtectRequest, job: JobHandle) -> str:
         """Look, refuse, set up. Everything before the first step changes nothing."""
@@ -110,15 +135,15 @@ class Protecting:
         if previous is not None:
             body.autostart = body.autostart or previous.body.autostart
             body.xml = body.xml if body.persistent else previous.body.xml
-        body.engine = await mccheck.choose_engine(life.qmp, request.engine)
+        body.engine = await mccheck.choose_engine(life.qmp, request.engine, config)
         await check.refuse_engine(life)
         check.refuse_older(await check.running_qemu(life.qmp), self.core.hello_of(peer).qemu, domain.name, peer)
         await check.refuse_busy(life.qmp, domain.name)
-        asked = request.netbuffer if request.netbuffer != "auto" else config.netbuffer
+        asked = self.buffer_asked(request)
         if body.engine == "mc":
             live = await self.site.host.xml(body.uuid)
             await mccheck.refuse(life, live, config)
-            body.buffer = await mccheck.choose_buffer(asked, body.nics, body.arbiter)
+            body.buffer = await mccheck.choose_buffer(asked, body)
             body.second_monitor = mccheck.second_monitor(live)
             await life.choose_rdma()
         else:
@@ -157,6 +182,7 @@ class Protecting:
 
     async def candidate(self, request: api.ProtectRequest, g: int) -> Primary:
         """What would be protected; nothing of it is kept. Raises: NotFound, Refused."""
+        request = structs.replace(request, delay_ms=self.delay_asked_ms(request))
         body = await protection.make_body(self.site, request, g)
         return Primary(self.site, body, Ledger(body.pid, "primary", body.g))
 

@@ -13,6 +13,7 @@ from mcft.agent import buffers, diskfiles, domainxml, hook, mcnet, model, rdma
 from mcft.agent.life import Life
 from mcft.agent.site import log
 from mcft.agent.steps import Step
+from mcft.engines.mc import Mc
 from mcft.errors import Failed, Refused, Unreachable
 from mcft.gate.links import set_link
 from mcft.gate.loop import boottime_ms
@@ -239,7 +240,10 @@ class Setup(Life):
         """Mirrors run until the guest stands still; then hold, swap, go on. A deadline: a lost standby says nothing."""
         body = self.body
         bandwidth = self.site.config.max_bandwidth_bytes or (1 << 40)
-        await self.engine.start(self.qmp, self._there(body.mig_port), body.delay_ms, bandwidth)
+        engine = self.engine
+        await engine.start(self.qmp, self._there(body.mig_port), body.delay_ms, bandwidth)
+        if isinstance(engine, Mc):
+            body.capabilities = engine.enabled
         # From here on QEMU plugs and unplugs nothing (qdev_device_add: not while a migration runs).
         domainxml.refuse_other_nics(body.nics, await self.site.host.xml(body.uuid))
         deadline_ms = boottime_ms() + SWITCHOVER_DEADLINE_S * 1000

@@ -54,7 +54,7 @@ def protection(
     forbidden = standbys_lan if primary else gate.get("alarm", "") or gate.get("lan_away", "")
     whole = body.state == "protected" and agreed and not gate.get("disk_error") and gate.get("verdict") is None and not forbidden
     following = whole and bool(gate) and (gate.get("lease") if primary else gate.get("loads", 0) > 0)
-    unsafe = ["output leaves unbuffered (--netbuffer none)"] if primary and body.buffer_asked == "none" else []
+    unsafe = ["output leaves unbuffered (--netbuffer none)"] if primary and body.buffer == "none" and body.nics else []
     if primary and body.buffer == "qemu" and body.engine == "mc":
         unsafe.append(mcnet.UNSAFE)
     # Both sides need it: the primary when the standby is lost, the standby when the primary is.
@@ -81,10 +81,7 @@ def protection(
 def _mc(body: Body, gate: dict[str, Any]) -> api.McStatus:
     """What QEMU last said, in its own names. Capabilities are shown while checkpoints flow: they are off before and after."""
     said = gate.get("mc", {})
-    on: list[str] = []
-    if said:
-        asked = mc.wanted(body.mc, mc.KNOWN, qemu_buffers=body.buffer == "qemu")
-        on = [row["capability"] for row in asked if row["state"]]
+    on = body.capabilities if said else []
     numbers = {name: said[name] for name in (*mc.STATISTICS, "downtime") if name in said}
     return api.McStatus(body.mc.transport, on, said.get("checkpoints"), numbers, body.second_monitor or "libvirt")
 

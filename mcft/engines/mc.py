@@ -94,6 +94,11 @@ def rdma_asked(options: McOptions) -> dict[str, bool]:
     return {RDMA_COPY: options.rdma_copy, RDMA_KEEPALIVE: options.rdma_keepalive, PIN_ALL: options.rdma_pin_all}
 
 
+def words(options: McOptions) -> list[str]:
+    """As they would be typed."""
+    return [f"--transport {options.transport}", *(option_of(name) for name, on in rdma_asked(options).items() if on)]
+
+
 def option_of(capability: str) -> str:
     """What of mcft's options sets this capability."""
     return {RDMA_COPY: "--mc-rdma-copy", RDMA_KEEPALIVE: "--rdma-keepalive", PIN_ALL: "--rdma-pin-all"}.get(
@@ -134,6 +139,12 @@ async def offers(qmp: Executor) -> bool:
     return bool(spelling(CAPABILITY, await offered_capabilities(qmp)))
 
 
+def uri_of(endpoint: Endpoint, offered: Iterable[str]) -> str:
+    """Of `migrate` and `migrate-incoming`. QEMU renamed `x-rdma` together with the capability (2.0)."""
+    early = endpoint.transport == "rdma" and spelling(PIN_ALL, offered) == f"x-{PIN_ALL}"
+    return f"x-{endpoint.uri}" if early else endpoint.uri
+
+
 class Mc:
     """See `engines/base.py` for what each method promises. qemu_buffers: capability `mc-net-disable` stays off."""
 
@@ -141,6 +152,7 @@ class Mc:
 
     def __init__(self, options: McOptions | None = None, *, qemu_buffers: bool = False) -> None:
         self.options, self.qemu_buffers = options or McOptions(), qemu_buffers
+        self.enabled: list[str] = []  # what `start` turned on, as this QEMU spells it
 
     async def unsupported(self, qmp: Executor) -> str:
         offered = await offered_capabilities(qmp)
@@ -156,18 +168,21 @@ class Mc:
 
     async def listen(self, qmp: Executor, here: Endpoint) -> None:
         """No capability is set here: MC alone on the standby would make it a plain migration."""
-        await qmp.execute("migrate-incoming", uri=here.uri)
+        offered = await offered_capabilities(qmp) if self.options.transport == "rdma" else {}
+        await qmp.execute("migrate-incoming", uri=uri_of(here, offered))
 
     async def start(self, qmp: Executor, there: Endpoint, delay_ms: int, max_bandwidth_bytes: int) -> None:
         """Capabilities as a whole or not at all, then the delay, then `migrate`; a refusal takes the capabilities back."""
         delay = delay_arguments(delay_ms)
         commands = await self._commands(qmp)
-        rows = wanted(self.options, await offered_capabilities(qmp), qemu_buffers=self.qemu_buffers)
+        offered = await offered_capabilities(qmp)
+        rows = wanted(self.options, offered, qemu_buffers=self.qemu_buffers)
         await qmp.execute("migrate-set-capabilities", capabilities=rows)
         try:
             await qmp.execute(spelling(SET_DELAY, commands), **delay)
             await qmp.execute("migrate_set_speed", value=max_bandwidth_bytes)
-            await qmp.execute("migrate", uri=there.uri)
+            await qmp.execute("migrate", uri=uri_of(there, offered))
+            self.enabled = [row["capability"] for row in rows if row["state"]]
         except BaseException:
             await self.reset(qmp)
             raise

@@ -7,6 +7,7 @@ A guest without a disk of the host's. This machine's kernel has no plug, and tha
 from __future__ import annotations
 
 import contextlib
+import json
 import subprocess
 from collections.abc import Callable, Iterator
 
@@ -190,6 +191,46 @@ def test_a_hang_is_handed_over() -> None:
     until(guest_answers, 20, "the guest answers on host2")
     H1.await_lost()
     until(lambda: H1.qemu_pid() != hung, 10, "the QEMU that hung is gone")
+
+
+def test_a_hang_at_the_first_checkpoint_is_handed_over() -> None:
+    """No page was dirty since the first pass, so the copy has exactly the guest's state: it is armed all the same and goes on.
+
+    Fails if `protect` is undone: the guest that hung can't be brought back.
+    """
+    before = take_overs()
+    hung = H1.qemu_pid()
+    hang_next(H1)
+    words = ("protect", "vm1", "--to", "host2", "--engine", "mc", "--netbuffer", "none")
+    told = H1.mcft(*words, check=False, timeout=90)
+    assert told.returncode == 1 and "hung at the first checkpoint" in told.stderr and "vm1 runs on host2 now" in told.stderr, told
+    until(guest_answers, 20, "the guest answers on host2")
+    assert take_overs() == before + 1
+    until(lambda: H1.qemu_pid() != hung, 10, "the QEMU that hung is gone")
+
+
+IMAGE = "/var/lib/libvirt/images/written.img"
+DISK = f"<disk type='file' device='disk'><source file='{IMAGE}'/><target dev='vda' bus='virtio'/></disk>"
+
+
+@pytest.mark.parametrize("wrong", ["a disk that is written", "offloads"])
+def test_a_domain_that_this_engine_can_not_follow(wrong: str) -> None:
+    """Said by `check` and by `protect` (4), on the real domain; nothing is made. Fails if one of them goes on."""
+    world.wipe()
+    if wrong == "offloads":
+        redefined(definition(offloads=""))
+    else:
+        H1.sh(f"truncate -s 4M {IMAGE}")
+        redefined(definition().replace("<interface", f"{DISK}<interface", 1))
+    code, said = ("mc-offloads", "ctrl_guest_offloads") if wrong == "offloads" else ("mc-disk", "disk vda")
+    words = ("vm1", "--to", "host2", "--netbuffer", "none")
+    found = json.loads(H1.mcft("check", *words, "--json", check=False).stdout)["findings"]
+    assert [row for row in found if row["code"] == code and said in row["message"]], found
+    refused = H1.mcft("protect", *words, check=False)
+    assert refused.returncode == 4 and said in refused.stderr, refused
+    assert not H1.status() and not H2.status() and H2.qemu_pid() is None and guest_answers()
+    world.wipe()
+    H1.sh(f"rm -f {IMAGE}")
 
 
 def test_the_standby_dies() -> None:

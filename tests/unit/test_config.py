@@ -59,7 +59,7 @@ def test_everything_can_be_set() -> None:
         listen = { addresses = ["192.0.2.1", "::1"], port = 1 }
         ports = { range = "2000-2002" }
         keepalive = { loss = "1.5s" }
-        protect = { auto = false, netbuffer = "filter", max_bandwidth = "0" }
+        protect = { auto = false, delay = "200ms", engine = "colo", netbuffer = "filter", max_bandwidth = "0" }
         reprotect = { after = "5s", after_restart = "1m" }
         arbiter = { kind = "standby" }
         agent.operators = ["c"]
@@ -74,7 +74,7 @@ def test_everything_can_be_set() -> None:
         """)
     assert loaded == config.Config(
         name="a", listen_addresses=("192.0.2.1", "::1"), listen_port=1, ports=(2000, 2002), loss_ms=1500,
-        auto_protect=False, netbuffer="filter", max_bandwidth_bytes=0, reprotect_after_ms=5000,
+        auto_protect=False, delay_ms=200, engine="colo", netbuffer="filter", max_bandwidth_bytes=0, reprotect_after_ms=5000,
         reprotect_after_restart_ms=60_000, libvirt_uri="test:///default", state_dir=Path("/s"),
         run_dir=Path("/r"), socket_group="g", operators=("c",), pki_dir=Path("/p"), tls="required",
         peers={"b": config.Peer("b", ("192.0.2.2",), 5)},
@@ -107,6 +107,7 @@ def test_peers_are_the_operators_unless_named() -> None:
         ("[keepalive]\nloss = '300'", "keepalive.loss", "300ms"),
         ("[keepalive]\nloss = '49ms'", "keepalive.loss", "50ms to 10s"),
         ("[protect]\nauto = 'yes'", "protect.auto", "true or false"),
+        ("[protect]\ndelay = '5ms'", "protect.delay", "10ms to 10s"),
         ("[protect]\nnetbuffer = 'plugs'", "protect.netbuffer", '"plug"'),
         ("[protect]\nbuffer_limit = 0", "protect.buffer_limit", '"64MiB"'),
         ("[protect]\nbuffer_limit = '0'", "protect.buffer_limit", "more than zero"),

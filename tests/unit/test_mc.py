@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from msgspec import structs
 
 from mcft import api, config
 from mcft.agent import mccheck, mcnet, relay
 from mcft.agent.copy import Copy
 from mcft.agent.model import Body
+from mcft.agent.protecting import Protecting
 from mcft.agent.statusview import protection
 from mcft.config import Config
 from mcft.engines import mc
@@ -49,9 +52,12 @@ class FakeQmp:
 
 
 async def test_auto_asks_qemu() -> None:
-    assert await mccheck.choose_engine(FakeQmp(*ALL), "auto") == "mc"
-    assert await mccheck.choose_engine(FakeQmp("x-colo"), "auto") == "colo"
-    assert await mccheck.choose_engine(FakeQmp(*ALL), "colo") == "colo"
+    """Where neither the operator nor the configuration has said it."""
+    assert await mccheck.choose_engine(FakeQmp(*ALL), "auto", Config()) == "mc"
+    assert await mccheck.choose_engine(FakeQmp("x-colo"), "auto", Config()) == "colo"
+    assert await mccheck.choose_engine(FakeQmp(*ALL), "colo", Config()) == "colo"
+    assert await mccheck.choose_engine(FakeQmp(*ALL), "auto", Config(engine="colo")) == "colo"
+    assert await mccheck.choose_engine(FakeQmp(*ALL), "mc", Config(engine="colo")) == "mc"
 
 
 def test_what_is_switched_on() -> None:
@@ -161,14 +167,73 @@ def test_tls_is_refused() -> None:
 
 
 async def test_the_buffer() -> None:
-    """No filter; its own only with one NIC and the arbiter fence."""
+    """No filter, and no word of it where the plug is not possible; its own only with one NIC and the arbiter fence."""
+    body = Body("u", "vm1", "p", 3, "primary", "host2", nics=[TAP])
     with pytest.raises(Refused, match="redirector"):
-        await mccheck.choose_buffer("filter", [TAP], "standby")
-    assert await mccheck.choose_buffer("none", [TAP], "standby") == "none"
+        await mccheck.choose_buffer("filter", body)
+    assert await mccheck.choose_buffer("none", body) == "none"
+    with pytest.raises(Refused) as told:
+        await mccheck.choose_buffer("auto", structs.replace(body, nics=[dataclasses.replace(TAP, target="no-such-tap")]))
+    assert "filter" not in str(told.value)
     with pytest.raises(Refused, match="fence"):
-        await mccheck.choose_buffer("qemu", [TAP], "standby")
+        await mccheck.choose_buffer("qemu", body)
     with pytest.raises(Refused, match="one NIC"):
-        await mccheck.choose_buffer("qemu", [TAP, TAP], "fence")
+        await mccheck.choose_buffer("qemu", structs.replace(body, nics=[TAP, TAP], arbiter="fence"))
+
+
+def test_what_its_own_buffer_would_die_of(tmp_path: Path) -> None:
+    """That QEMU exits where it may not, or where libnl has no plug, and the guest with it."""
+    (tmp_path / "proc/7").mkdir(parents=True)
+    status = tmp_path / "proc/7/status"
+    assert "can't be read" in mcnet.why_not_by_itself(7, str(tmp_path))
+    status.write_text("Name:\tqemu\nCapEff:\t0000000000000000\n")
+    assert "CAP_NET_ADMIN" in mcnet.why_not_by_itself(7, str(tmp_path))
+    status.write_text("Name:\tqemu\nCapEff:\t0000000000001000\n")
+    assert "plug.so" in mcnet.why_not_by_itself(7, str(tmp_path))
+    module = tmp_path / "usr/lib/x86_64-linux-gnu/libnl/cli/qdisc/plug.so"
+    module.parent.mkdir(parents=True)
+    module.touch()
+    assert mcnet.why_not_by_itself(7, str(tmp_path)) == ""
+
+
+def test_rdma_by_its_earlier_name() -> None:
+    """Capability and URI were renamed together. Fails if a QEMU of before is told `rdma:`."""
+    there = Endpoint("192.0.2.2", 16531, transport="rdma")
+    assert mc.uri_of(there, ALL) == "rdma:192.0.2.2:16531"
+    assert mc.uri_of(there, ("mc", "x-rdma-pin-all")) == "x-rdma:192.0.2.2:16531"
+    assert mc.uri_of(Endpoint("192.0.2.2", 16531), ("mc", "x-rdma-pin-all")) == "tcp:192.0.2.2:16531"
+
+
+ASKED = api.ProtectRequest("vm1", "host2")
+
+
+@pytest.mark.parametrize(
+    ("request_", "other"),
+    [
+        (ASKED, ""), (structs.replace(ASKED, delay_ms=100, engine="mc", netbuffer="plug", arbiter="standby"), ""),
+        (structs.replace(ASKED, delay_ms=200), "mcft set vm1 --delay 200ms"), (structs.replace(ASKED, engine="colo"), "engine"),
+        (structs.replace(ASKED, netbuffer="none"), "buffer"), (structs.replace(ASKED, arbiter="etcd"), "arbiter"),
+        (structs.replace(ASKED, mc=api.McOptions("rdma", True)), "--transport tcp"),
+        (structs.replace(ASKED, rdma_device="off"), "RDMA device"),
+    ],
+)  # fmt: skip
+async def test_protected_with_other_settings(request_: api.ProtectRequest, other: str) -> None:
+    """What was not asked for is as it is. Fails if another engine, or other options of it, are taken for "already"."""
+    body = Body("u", "vm1", "p", 3, "primary", "host2", state="protected", engine="mc", buffer="plug")
+    life = cast(Any, SimpleNamespace(body=body))
+    asked = Protecting(cast(Any, SimpleNamespace(site=SimpleNamespace(config=Config()), core=None)))
+    if not other:
+        assert asked.already(life, request_) == "already"
+        return
+    with pytest.raises(Refused, match=other) as told:
+        asked.already(life, request_)
+    assert told.value.code == "other-settings"
+
+
+async def test_its_own_buffer_is_experimental_by_configuration_too() -> None:
+    site = SimpleNamespace(config=Config(netbuffer="qemu"))
+    with pytest.raises(Refused, match="never seen at work"):
+        await Protecting(cast(Any, SimpleNamespace(site=site))).named(ASKED)
 
 
 @pytest.mark.parametrize(("tap", "name"), [("tap0", "ifb0"), ("vnet12", "ifb12"), ("a1b2", "ifb1b2")])
@@ -247,7 +312,7 @@ async def test_a_standby_that_follows_is_never_asked() -> None:
 
 
 def test_its_statistics_are_shown() -> None:
-    body = Body("u", "vm1", "p", 3, "primary", "host2", state="protected", engine="mc", buffer="none")
+    body = Body("u", "vm1", "p", 3, "primary", "host2", state="protected", engine="mc", buffer="none", capabilities=["mc", "x"])
     gate = {
         "role": "primary", "acknowledged": 5, "rate_hz": 9.9, "last_ack_age_ms": 1.0, "pause_ms": {"p50": None, "p99": None},
         "mc": {"status": "checkpointing", "checkpoints": 4, "polls": 9, "xmit-time": 3.0, "mbps": 800.5, "downtime": 2.0},
@@ -255,7 +320,7 @@ def test_its_statistics_are_shown() -> None:
     shown = protection(body, Ledger("p", "primary", 3), gate, None, None, {}, True, "host1")
     assert shown.mc is not None
     assert shown.mc.statistics == {"xmit-time": 3.0, "mbps": 800.5, "downtime": 2.0} and shown.mc.checkpoints == 4
-    assert shown.mc.capabilities == ["mc", "mc-net-disable", "mc-disk-disable"] and shown.mc.monitor == "libvirt"
+    assert shown.mc.capabilities == ["mc", "x"] and shown.mc.monitor == "libvirt"
 
 
 async def test_the_streams_socket_lies_where_qemus_user_may_make_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from mcft.agent.model import Body
 from mcft.diskreplica import Disk
 from mcft.gate.core import Gate
 from mcft.generations import Kind, Ledger
+from mcft.netbuffer import Nic
 
 STATES = get_args(api.State)
 QUANTILES = {"p50": 4.0, "p99": 9.0}
@@ -115,7 +116,8 @@ def test_gate_that_is_away_is_said() -> None:
 
 
 def test_unbuffered_is_unsafe() -> None:
-    seen = view(body(buffer_asked="none"), PRIMARY_GATE)
+    nic = Nic("vnet0", "52:54:00:00:00:01", "hostnet0", "virtio", False, "bridge")
+    seen = view(body(buffer="none", nics=[nic]), PRIMARY_GATE)
     assert seen.unsafe and not seen.survives_host_loss
 
 
