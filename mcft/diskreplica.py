@@ -139,6 +139,12 @@ def _node_of(disk: Disk, inserted: dict[str, str]) -> str:
     return next((node for qdev, node in inserted.items() if disk.qom in (qdev, f"{qdev}/virtio-backend")), "")
 
 
+async def on_null(qmp: Qmp, disks: list[Disk]) -> bool:
+    """Whether a drive is on its null node, where writes vanish: only `restore` lets that guest go on. Raises: QmpError."""
+    inserted = await _inserted(qmp) if disks else {}
+    return any(_node_of(disk, inserted) == _null(disk.target) for disk in disks)
+
+
 async def _back_to_libvirt(qmp: Qmp, disk: Disk) -> None:
     graph = await nodes(qmp)
     under = graph.get(quorum(disk.target), {}).get("children.0", disk.node)
@@ -277,9 +283,12 @@ async def dismantle_copy(qmp: Qmp, disks: list[Disk]) -> None:
                 await qmp.attempt("blockdev-del", node_name=name)
 
 
-def yank_instances(disks: list[Disk]) -> list[dict[str, str]]:
-    """What `yank` must break besides the migration, once replication is in place."""
-    return [{"type": "block-node", "node-name": nbd_node(disk.target)} for disk in disks]
+def yank_instances(disks: list[Disk], *, copying: bool = False) -> list[dict[str, str]]:
+    """What `yank` must break besides the migration: while the disks are copied, and once replication is in place.
+
+    Without it a cancelled mirror waits for what is under way to a host that fell silent, and the guest with it (QEMU, mirror.c).
+    """
+    return [{"type": "block-node", "node-name": f"mcft-s-{d.target}" if copying else nbd_node(d.target)} for d in disks]
 
 
 # ---- the standby's side ----

@@ -115,6 +115,8 @@ class PlugBuffer:
 
         The taps are set down only where the buffer is broken.
         """
+        if self.mode == "pass" and not self.broken:
+            self._do("buffer")
         self.mode, self.taps_up = "closed", self.taps_up and not self.broken
 
     def reopen(self) -> None:

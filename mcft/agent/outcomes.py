@@ -53,15 +53,19 @@ class Outcomes(Setup):
         if held:
             await self._leave()
         await self.record(Kind.SPOKEN, self.ledger.owned)
-        if held:
-            await self.gate.insist("update", record="solo")
-            await self.gate.insist("open", because="solo")
+        await self._let_out()
         self.body.next_try_boottime_ms = boottime_ms()
         self.body.dismantling = True
         self.to_state(alone(reason), reason)
         await self.save()
         await self.free()
         await self.dismantle_all()
+
+    async def _let_out(self) -> None:
+        """solo and spoken stand: the gate watches no more, and lets go what it held, before anything is taken away."""
+        if self._has_gate():
+            await self.gate.insist("update", record="solo")
+            await self.gate.insist("open", because="solo")
 
     def _has_gate(self) -> bool:
         """Not so where the write of arming(g) failed and was on the disk all the same: its set-up was undone, nothing is held."""
@@ -122,6 +126,7 @@ class Outcomes(Setup):
                     await self.gate.adopt()
                     await self._leave()
                 await self.record(Kind.SPOKEN, self.ledger.owned)
+            await self._let_out()
             self.body.dismantling = True
             self.to_state(alone(self.body.reason), self.body.reason)
             await self.free()

@@ -26,6 +26,7 @@ SWITCHOVER_DEADLINE_S = 600.0
 HUNG_MS = 5000.0  # of a monitor, behind the first pass
 PREPARE_DEADLINE_S = 300.0  # more than the copy's start may take over there (`libvirt_bridge.START_MOST_S`)
 FIRST_CHECKPOINT_DEADLINE_S = 10.0  # the guest's output is held all the while
+WAKE_S = 5.0
 OnStep = Callable[[str, float | None], None]
 STOCK_ONLY = ("add the monitor", "credentials for the streams", "put quorum over the disks", "copy the disks")
 STANDBYS_SIDE = ("write down the intention", "ban unguarded starts", "prepare the standby")
@@ -172,6 +173,7 @@ class Setup(Life):
         """A gate that must not open is kept; filters that a dead one left are taken away, or they would drop everything."""
         if refusal := generations.may_open_primary(self.ledger):
             raise Refused("may-not-open", "the gate is kept, its buffer closed", refusal)
+        await self._resume()  # (while libvirtd is away this fails, the gate stays, and all is tried again)
         await self.gate.end()
         if self.body.engine == "mc":
             await self.site.host.unwatch(self.body.uuid)
@@ -211,7 +213,12 @@ class Setup(Life):
             if self.body.buffer == "qemu":
                 await mcnet.remove(self.body.nics[0].target)
         finally:
-            if await self._qemu_here() and await self.qmp.status() == "paused":
+            await self._resume()
+
+    async def _resume(self) -> None:
+        """A guest that an undo has stopped goes on. Not where its writes would vanish: that one waits for its disks."""
+        if await self._qemu_here() and await self.qmp.status() == "paused":
+            if not await diskreplica.on_null(self.qmp, self.body.disks):
                 await self.qmp.execute("cont")
 
     async def _interpose(self) -> None:
@@ -227,6 +234,7 @@ class Setup(Life):
         return self.body.links[0].peer
 
     async def _copy(self) -> None:
+        await self.gate.ask("update", yank=diskreplica.yank_instances(self.body.disks, copying=True))
         await diskreplica.start_mirrors(self.qmp, self.body.disks, self._there(self.body.nbd_port))
         await diskreplica.mirrors_ready(
             self.qmp, self.body.disks, lambda progress: self.on_step("copy the disks", round(progress, 3))
@@ -234,7 +242,14 @@ class Setup(Life):
 
     async def _dismantle(self) -> None:
         if await self._qemu_here():
+            await self._wake()
             await diskreplica.dismantle_copy(self.qmp, self.body.disks)
+
+    async def _wake(self) -> None:
+        """Whatever waits for a host that fell silent is woken first, or QEMU's main loop may not answer, and its guest stand."""
+        if os.path.exists(self.gate.state_path):
+            async with asyncio.timeout(WAKE_S):
+                await self.gate.insist("yank")
 
     async def _switch_over(self) -> None:
         """Mirrors run until the guest stands still; then hold, swap, go on. A deadline: a lost standby says nothing."""
@@ -281,10 +296,9 @@ class Setup(Life):
     async def _abort(self) -> None:
         if not await self._qemu_here():
             return
-        if self.gate.connected:
-            # Whatever waits in a dead stream is woken first, or QEMU's main loop may not answer.
-            await self.gate.ask("yank")
-        await self.engine.abort(self.qmp)
+        await self._wake()
+        resume = not await diskreplica.on_null(self.qmp, self.body.disks)
+        await self.engine.abort(self.qmp, resume=resume)
 
     async def _first_checkpoint(self) -> None:
         """The guest's output waits for it, so it is asked for at once: setting the delay again starts a checkpoint.

@@ -33,7 +33,7 @@ class Engine(Protocol):
         """The disks are swapped, the buffer holds: let the guest go on, checkpointed."""
         ...
 
-    async def abort(self, qmp: Qmp) -> None:
+    async def abort(self, qmp: Qmp, *, resume: bool = True) -> None:
         """Undo `start`: no migration, capabilities and parameters as they were, the guest running. Idempotent."""
         ...
 

@@ -90,7 +90,7 @@ class Colo:
             await tcg.flush_tlbs(qmp, self._hides)
         await qmp.execute("migrate-continue", state="pre-switchover")
 
-    async def abort(self, qmp: Qmp) -> None:
+    async def abort(self, qmp: Qmp, *, resume: bool = True) -> None:
         status = (await self._migration(qmp)).get("status")
         if status in ("setup", "active", "pre-switchover", "device", "cancelling"):
             await qmp.attempt("migrate_cancel")
@@ -101,7 +101,7 @@ class Colo:
                 break
             await asyncio.sleep(0.005)
         stopped_by_us = ("postmigrate", "finish-migrate", "colo", "paused")
-        if status in STOPS_THE_GUEST and await qmp.status() in stopped_by_us:
+        if resume and status in STOPS_THE_GUEST and await qmp.status() in stopped_by_us:
             await qmp.attempt("cont")
         await self.reset(qmp)
 

@@ -204,7 +204,7 @@ class Mc:
     async def begin_checkpoints(self, qmp: Executor) -> None:
         """They begin by themselves; the guest never stood still for us."""
 
-    async def abort(self, qmp: Executor) -> None:
+    async def abort(self, qmp: Executor, *, resume: bool = True) -> None:
         """Nothing stops MC but the stream's end, which the caller has brought about; the first pass can be cancelled."""
         if progress(await qmp.execute("query-migrate")).status in FIRST_PASS:
             await qmp.execute("migrate_cancel")

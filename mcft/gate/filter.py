@@ -211,7 +211,7 @@ class FilterSide:
         seconds for it, and what it has not taken when its end goes is lost."""
         self._detaching = True
         yield self.gate.qemu.until_connected()
-        yield self.gate.wait(self._settled, BACKLOG_MS)
+        yield self.gate.wait(self._caught_up, BACKLOG_MS)
         objects, chardevs, status = yield Commands(
             [("qom-list", {"path": "/objects"}), ("query-chardev", {}), ("query-status", {})]
         )
@@ -237,6 +237,12 @@ class FilterSide:
         self.gate.state.attached = False
         self.gate.persist()
         answer({})
+
+    def _caught_up(self) -> bool:
+        """QEMU has read all but what the guest says in this moment."""
+        settled = self.buffer.settled or bool(self.buffer.broken)
+        self.buffer.open()
+        return settled
 
     def _settled(self) -> bool:
         self.buffer.open()

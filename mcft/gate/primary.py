@@ -186,8 +186,9 @@ class Primary:
         self.output.delay_changed()
 
     def obey(self, verdict: Verdict, now_ms: float) -> None:
-        """Close first, whatever it is; then break the stream where QEMU still waits in it."""
-        self._close(f"{verdict.act.value}: {verdict.reason}")
+        """Close first what holds (before that nothing was promised); then break the stream where QEMU still waits in it."""
+        if self.gate.state.mode != "pass":
+            self._close(f"{verdict.act.value}: {verdict.reason}")
         if verdict.act is Act.BREAK:
             self._yank()
 
@@ -276,6 +277,8 @@ class Primary:
         }
 
     def _on_hold(self, request: dict[str, Any], answer: Answer) -> None:
+        if over := self.commit.dead or (self.gate.verdict and self.gate.verdict.reason):
+            raise Denied(f"the stream is over already: {over}")
         self.output.hold()
         self.commit = self._new_commit()
         self.commit.hold()

@@ -249,6 +249,16 @@ def test_what_was_closed_stays_until_it_is_opened(wire: Wire, buffer: PlugBuffer
     assert wire.comes(10) == sent
 
 
+def test_what_passed_is_closed_too(wire: Wire, buffer: PlugBuffer) -> None:
+    """Fails if only the word changes: all would still leave."""
+    assert buffer.mode == "pass"
+    buffer.close()
+    sent = wire.send(0, 5)
+    assert wire.arrived() == [] and held(buffer) == 5
+    buffer.open()
+    assert wire.comes(5) == sent
+
+
 def test_a_large_packet_that_the_card_would_segment_passes_whole(wire: Wire, buffer: PlugBuffer) -> None:
     """A guest whose card segments (TSO) sends up to 64 KiB at once. Fails if the limit is smaller than that."""
     sh("ip link set vnet0 mtu 65521; ip link set br0 mtu 65521; ip link set c0 mtu 65521; ip link set c1 mtu 65521")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
+from test_disks import stopped_writer
 from watching import Load
-from world import H1, H2, link, now, pause, protect, until
+from world import H1, H2, configured, guest, link, now, pause, protect, until
 
 Measure = Callable[[str, float], float]
 
@@ -114,3 +115,28 @@ def test_standbys_host_off_mutes_and_everybody_can_see_it(load: Load, measure: M
     until(lambda: H2.state() in ("lost", "stopped", ""), 20, f"h2 knows that its copy is void ({H2.status()})")
     assert H2.qemu_pid() is None
     load.finished()
+
+
+def test_a_protect_is_cancelled_after_the_standbys_host_vanished() -> None:
+    """Its disks follow already, its memory is still being copied, the guest writes; nothing of the host's end is heard.
+
+    Fails if what is under way to it is waited for, the guest standing, until TCP gives up (a quarter of an hour).
+    """
+    with configured(H1, "printf '\n[protect]\nmax_bandwidth = \"1MiB\"\n' >> $file"):
+        assert guest("writer", "start", "1").startswith("writer run=1")
+        try:
+            H1.mcft("protect", "vm1", "--to", "host2", "--no-wait")
+            copying = "copy the memory and switch over"
+            until(lambda: ((H1.status() or {}).get("job") or {}).get("step") == copying, 30, "the memory is being copied")
+            H2.power_off()
+            pause(1.0)  # so that writes are under way to it
+            H1.mcft("unprotect", "vm1", timeout=60)
+            written = _written()
+            until(lambda: _written() > written + 50, 10, "the guest goes on writing")
+            assert "running" in H1.sh("virsh domstate vm1")
+        finally:
+            stopped_writer()
+
+
+def _written() -> int:
+    return int(guest("writer", "status").split(" n=")[1].split()[0])

@@ -273,6 +273,46 @@ def test_an_undo_that_found_libvirtd_away_is_repeated(monkeypatch: pytest.Monkey
     assert life.tries == 3 and "what remains" in life.states[0]
 
 
+class CutOff(Primary):
+    """solo(3) is on disk; the agent died there. What it does then, in order."""
+
+    def __init__(self) -> None:
+        self.did: list[str] = []
+        self.body: Any = SimpleNamespace(state="muted", reason="the standby is off", dismantling=False, g=3)
+        self.ledger = Ledger("p", "primary", 3)
+        for kind in (Kind.PREPARING, Kind.ARMING, Kind.PROTECTED, Kind.SOLO):
+            self.ledger.append(kind)
+        self.gate: Any = SimpleNamespace(stands=lambda: True, adopt=self._note("adopt"), insist=self._insist)
+        for name in ("_leave", "free", "dismantle_all", "look"):
+            setattr(self, name, self._note(name))
+
+    def _note(self, name: str) -> Any:
+        async def work() -> None:
+            self.did.append(name)
+
+        return work
+
+    async def _insist(self, do: str, **fields: Any) -> None:
+        self.did.append(f"{do} {' '.join(fields.values())}")
+
+    async def record(self, kind: Kind, g: int | None = None, detail: str = "") -> None:
+        self.ledger.append(kind, g if g is not None else self.ledger.g)
+        self.did.append(kind.value)
+
+    def qemu_alive(self) -> bool:
+        return True
+
+    def to_state(self, state: Any, reason: str = "") -> None:
+        self.did.append(state)
+
+
+def test_a_going_solo_that_was_cut_off_lets_out_first() -> None:
+    """Fails if it opens last, behind what has to be undone: that may take minutes, and libvirtd."""
+    life = CutOff()
+    asyncio.run(life.adopt_won())
+    assert life.did == ["adopt", "_leave", "spoken", "update solo", "open solo", "solo", "free", "dismantle_all", "look"]
+
+
 class Left(Copy):
     """A copy that a dead agent left behind, with these records."""
 

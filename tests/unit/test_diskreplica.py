@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from mcft import diskreplica
+from mcft.agent.setup import Setup
 from mcft.diskreplica import Disk
 from mcft.errors import Failed
 
@@ -52,6 +54,28 @@ async def test_a_guest_that_stood_still_goes_on_under_the_quorum() -> None:
     qemu = Qemu()
     await diskreplica.interpose(qemu, [DISK])  # type: ignore[arg-type]
     assert qemu.state == "running" and qemu.drive == diskreplica.quorum("vda")
+    assert "mcft-0-vda" not in qemu.ran_on
+
+
+class Undoing(Setup):
+    """An undo whose guest stands still."""
+
+    def __init__(self, qemu: Qemu) -> None:
+        self.qmp: Any = qemu
+        self.body: Any = SimpleNamespace(disks=[DISK])
+
+    async def _qemu_here(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("drive", ["mcft-0-vda", DISK.node])
+async def test_a_guest_is_not_resumed_on_a_null_node(drive: str) -> None:
+    """Giving the disks back failed half way, and the network's undo comes next. Fails if that one lets the guest go on: what it
+    writes then is nowhere."""
+    qemu = Qemu()
+    qemu.drive, qemu.state = drive, "paused"
+    await Undoing(qemu)._resume()
+    assert qemu.state == ("running" if drive == DISK.node else "paused")
     assert "mcft-0-vda" not in qemu.ran_on
 
 

@@ -314,6 +314,22 @@ def test_what_was_held_for_long_is_said_before_the_guest_is_stopped_for_the_deta
     assert primary.qmp.sent("stop") and primary.qmp.objects == []
 
 
+def test_a_loss_before_anything_is_held_mutes_nobody(primary: GateLab) -> None:
+    """The first copy breaks while all passes: nothing was promised. Fails if the taps go down over the whole undo, or if that
+    gate would hold for a stream that is over."""
+    agent = primary.start()
+    agent.ask("attach")
+    out, inn = primary.ends(1)
+    primary.qmp.event("COLO_EXIT", reason="error")
+    assert agent.note("verdict")["act"] == "break"
+    assert agent.ask("status")["mode"] == "pass"
+    out.sendall(frame(b"on it goes"))
+    assert inn.recv(1000) == frame(b"on it goes")
+    until(lambda: primary.qmp.sent("yank"), "the stream is broken")
+    with pytest.raises(RuntimeError, match="over already"):
+        agent.ask("hold")
+
+
 def test_a_yank_closes_what_holds_and_nothing_that_passes(primary: GateLab) -> None:
     """An undo breaks the stream after the guest went on alone. Fails if it is muted for that: with its taps down, what was
     released and QEMU has not said yet is lost."""

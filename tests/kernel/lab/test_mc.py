@@ -3,9 +3,9 @@
 libvirt, agents, gates, plug and guest are real; QEMU is a stand-in (`tests/mcqemu`: its first line says so). A guest without a
 disk of the host's. MCFT_SEED repeats the random moments.
 
-`make test-mc-plug`, in the VM, under KVM: 12 minutes, so not part of `make test`. In user-mode Linux (`make test-uml`, part of it)
-the story ends with the first kill and protecting back: Debian's kernel for it lacks CONFIG_INET_DIAG_DESTROY, so a stream can't be broken there, and the
-copy whose primary lost its power, or was cut off, waits in it for 70 s and longer.
+`make test-mc-plug`, in the VM, under KVM: 12 minutes, so not part of `make test`. In user-mode Linux (`make test-uml`, which is)
+the story ends with the first kill and protecting back: its kernel, Debian's, lacks CONFIG_INET_DIAG_DESTROY, so a stream can't
+be broken there, and the copy whose primary lost its power, or was cut off, waits in it for 70 s and longer.
 """
 
 from __future__ import annotations
