@@ -7,6 +7,7 @@ libvirt: `virConnectGetDomainCapabilities`, `virConnectCompareHypervisorCPU`, `v
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 import xml.etree.ElementTree as ET
@@ -83,7 +84,7 @@ async def look(core: Core, peer: str, ask: Ask) -> Found:
     proof = site.hook.prove(scene.host, domainxml.machine(request.persistent_xml))
     await findings.tried(proof, "hook", f"libvirt calls mcft's hook on {scene.host}")
     probe = QemuProbe(scene.of_domain()[0] or "", old=request.engine == "mc")
-    for work in (*(check(scene) for check in (*FITS, overwrite)), engine(scene, probe)):
+    for work in (*(check(scene) for check in (*FITS, breakable, overwrite)), engine(scene, probe)):
         if (finding := await findings.tried(work)) is not None:
             findings.found.append(finding)
     versions = dict(site.versions) | ({"qemu": probe.version} if probe.version else {})
@@ -353,7 +354,7 @@ async def engine(scene: Scene, probe: QemuProbe) -> Finding:
 
 async def breakable(scene: Scene) -> Finding | None:
     """Whether a dead stream of engine mc can be broken there."""
-    finding = mccheck.kernel_finding() if scene.request.engine == "mc" else None
+    finding = await asyncio.to_thread(mccheck.kernel_finding) if scene.request.engine == "mc" else None
     return finding and Finding("warning", "sock-destroy", f"{scene.host}: {finding[0]}", *finding[1:])
 
 
@@ -382,5 +383,5 @@ def host_cpu(path: str = "/proc/cpuinfo") -> tuple[str, str]:
 
 
 FITS: tuple[Callable[[Scene], Awaitable[Finding | None]], ...] = (
-    way_to_libvirt, machine, files, cpu, networks, memory, room, rdma_keepalive, breakable, transport
+    way_to_libvirt, machine, files, cpu, networks, memory, room, rdma_keepalive, transport
 )  # fmt: skip

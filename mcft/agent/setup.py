@@ -173,7 +173,8 @@ class Setup(Life):
         """A gate that must not open is kept; filters that a dead one left are taken away, or they would drop everything."""
         if refusal := generations.may_open_primary(self.ledger):
             raise Refused("may-not-open", "the gate is kept, its buffer closed", refusal)
-        await self._resume()  # (while libvirtd is away this fails, the gate stays, and all is tried again)
+        if os.path.exists(self.gate.state_path):  # else it stands by somebody's word, not by an undo of ours
+            await self._resume()  # (while libvirtd is away this fails, the gate stays, and all is tried again)
         await self.gate.end()
         if self.body.engine == "mc":
             await self.site.host.unwatch(self.body.uuid)
@@ -209,7 +210,7 @@ class Setup(Life):
         because = "solo" if self.ledger.won else self.ledger.newest.value if self.ledger.newest else "preparing"
         await self.gate.insist("open", because=because)
         try:
-            await self.gate.insist("detach")
+            await self.gate.insist("detach", 20.0)
             if self.body.buffer == "qemu":
                 await mcnet.remove(self.body.nics[0].target)
         finally:
@@ -248,8 +249,11 @@ class Setup(Life):
     async def _wake(self) -> None:
         """Whatever waits for a host that fell silent is woken first, or QEMU's main loop may not answer, and its guest stand."""
         if os.path.exists(self.gate.state_path):
-            async with asyncio.timeout(WAKE_S):
-                await self.gate.insist("yank")
+            try:
+                async with asyncio.timeout(WAKE_S):
+                    await self.gate.insist("yank")
+            except (Failed, TimeoutError) as error:
+                log.warning("the gate of %s breaks no stream (%s); undoing goes on", self.body.domain, error or "no answer")
 
     async def _switch_over(self) -> None:
         """Mirrors run until the guest stands still; then hold, swap, go on. A deadline: a lost standby says nothing."""

@@ -54,7 +54,9 @@ def protection(
     forbidden = standbys_lan if primary else gate.get("alarm", "") or gate.get("lan_away", "")
     whole = body.state == "protected" and agreed and not gate.get("disk_error") and gate.get("verdict") is None and not forbidden
     following = whole and bool(gate) and (gate.get("lease") if primary else gate.get("loads", 0) > 0)
-    unsafe = ["output leaves unbuffered (--netbuffer none)"] if primary and body.buffer == "none" and body.nics else []
+    # (A standby's body names no buffer, and keeps that when its copy is promoted.)
+    unbuffered = primary and ledger.side == "primary" and body.buffer == "none" and body.nics
+    unsafe = ["output leaves unbuffered (--netbuffer none)"] if unbuffered else []
     if primary and body.buffer == "qemu" and body.engine == "mc":
         unsafe.append(mcnet.UNSAFE)
     # Both sides need it: the primary when the standby is lost, the standby when the primary is.

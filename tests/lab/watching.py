@@ -14,7 +14,7 @@ from typing import Any
 
 from world import LAB, SLOW, guest_answers, now, until
 
-TCP_S = 120.0  # RTO_MAX, after which TCP has sent again whatever was lost (tcp(7), RFC 6298)
+TCP_S = 120.0 / SLOW  # RTO_MAX, after which TCP has sent again whatever was lost (tcp(7), RFC 6298); its clock is the world's
 
 
 class Client:

@@ -119,6 +119,8 @@ def test_unbuffered_is_unsafe() -> None:
     nic = Nic("vnet0", "52:54:00:00:00:01", "hostnet0", "virtio", False, "bridge")
     seen = view(body(buffer="none", nics=[nic]), PRIMARY_GATE)
     assert seen.unsafe and not seen.survives_host_loss
+    promoted = body(state="active", buffer="none", nics=[nic])
+    assert not statusview.protection(promoted, Ledger("p", "standby", 3), {}, None, None, {}, True, "host2").unsafe
 
 
 def test_muted_is_not_flowing() -> None:
