@@ -56,7 +56,8 @@ class Primary(Deciding):
         elif not await self.at_rest(AT_REST_WITHIN_S):
             raise self.not_settled()
         on_step("take everything away", None)
-        if self.body.state not in ("active", "stopped") and await self._qemu_here():
+        # (What a copy was made of went as it was promoted, also if its guest was started again since.)
+        if self.ledger.side == "primary" and self.body.state != "stopped" and await self._qemu_here():
             done = {step.name for step in self.steps()} - set(STANDBYS_SIDE)
             await self.site.runner.undo_all(self.steps(), self, done, on_step)
         await self._discard_standby()

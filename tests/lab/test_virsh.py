@@ -193,3 +193,16 @@ def test_unprotect_after_an_external_snapshot_keeps_the_overlay(snapshots: None,
     used = int(H1.sh(f"stat -c %b {overlay}"))
     until(lambda: int(H1.sh(f"stat -c %b {overlay}")) > used, 30, "the guest's writes go to the overlay")
     load.finished()
+
+
+def test_a_guest_that_took_over_and_was_started_anew_is_let_go() -> None:
+    """Its host's only one since, and an operator wants to be rid of mcft. Fails if a promoted copy is undone like a primary."""
+    protect(H1)
+    H1.power_off()
+    H2.await_took_over()
+    H2.sh("virsh -q destroy vm1")
+    until(lambda: H2.state() == "stopped", 20, "h2: it is stopped")
+    H2.sh("virsh -q start vm1")
+    until(lambda: H2.state() == "unprotected", 20, lambda: f"h2 sees it: {H2.status()}")
+    H2.mcft("unprotect", "vm1", timeout=90)
+    assert not H2.status() and "running" in H2.sh("virsh domstate vm1")
