@@ -202,12 +202,13 @@ class Events(msgspec.Struct, frozen=True):
 # ---- operators' requests (unix socket, or TLS for a peer named as operator) ----
 
 
-class ProtectRequest(msgspec.Struct, frozen=True):
+class ProtectRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     """POST /v1/protections → JobBody. disks: target → path on the standby; overwrite: paths that may be.
 
     delay_ms, arbiter: None: as configured. engine, netbuffer: "auto": as configured, and then by asking QEMU and the kernel.
     rdma_device: a device's name, "auto" or "off"; empty: as the configuration says.
     mc: engine `mc`'s options, None for those of the configuration. experimental: what nobody could try may be used.
+    What was not said is not sent: an older agent knows no `null` for the delay.
     """
 
     domain: str

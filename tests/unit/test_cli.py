@@ -91,7 +91,6 @@ def test_protect_waits_shows_steps_and_says_what_the_arbiter_means(agent: FakeAg
     assert body == {
         "domain": "vm1", "to": "host2", "delay_ms": 50, "engine": "colo", "netbuffer": "plug",
         "disks": {"vda": "/a", "vdb": "/b=c"}, "overwrite": ["/a"], "rdma_device": "mlx5_0", "arbiter": "etcd",
-        "mc": None, "experimental": False,
     }  # fmt: skip
 
 

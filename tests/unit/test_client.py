@@ -43,6 +43,8 @@ def test_every_route(agent: FakeAgent, here: client.Client) -> None:
     agent.say("GET /v1/events", api.Events("host1")).say("GET /v1/peers", api.Peers("host1"))
     assert here.status("vm1").protections == [PROTECTED]
     assert here.protect(api.ProtectRequest("vm1", "host2", key="k")) == job()
+    said = msgspec.json.decode(msgspec.json.encode(api.ProtectRequest("vm1", "host2")))
+    assert said == {"domain": "vm1", "to": "host2"}, "an older agent takes no null for what was not said"
     assert here.act("a/b", "failover", api.ActRequest(force=True)) == job()
     assert here.set("vm1", api.SetRequest(delay_ms=50)) == PROTECTED
     assert here.job("j1", 1.5) == job()
