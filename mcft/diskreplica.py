@@ -139,10 +139,13 @@ def _node_of(disk: Disk, inserted: dict[str, str]) -> str:
     return next((node for qdev, node in inserted.items() if disk.qom in (qdev, f"{qdev}/virtio-backend")), "")
 
 
+def _any_on_null(disks: list[Disk], inserted: dict[str, str]) -> bool:
+    return any(_node_of(disk, inserted) == _null(disk.target) for disk in disks)
+
+
 async def on_null(qmp: Qmp, disks: list[Disk]) -> bool:
     """Whether a drive is on its null node, where writes vanish: only `restore` lets that guest go on. Raises: QmpError."""
-    inserted = await _inserted(qmp) if disks else {}
-    return any(_node_of(disk, inserted) == _null(disk.target) for disk in disks)
+    return bool(disks) and _any_on_null(disks, await _inserted(qmp))
 
 
 async def _back_to_libvirt(qmp: Qmp, disk: Disk) -> None:
@@ -169,7 +172,7 @@ async def restore(qmp: Qmp, disks: list[Disk], *, was_running: bool = False) -> 
     inserted = await _inserted(qmp)
     ours = [disk for disk in disks if _node_of(disk, inserted).startswith("mcft-")]
     # A guest that stands on a null node was stopped by us, by an attempt that was cut off.
-    cut_off = any(_node_of(disk, inserted) == _null(disk.target) for disk in ours)
+    cut_off = _any_on_null(ours, inserted)
     running = await qmp.status() == "running"
     if ours:
         await qmp.execute("stop")

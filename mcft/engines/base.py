@@ -34,7 +34,10 @@ class Engine(Protocol):
         ...
 
     async def abort(self, qmp: Qmp, *, resume: bool = True) -> None:
-        """Undo `start`: no migration, capabilities and parameters as they were, the guest running. Idempotent."""
+        """Undo `start`: no migration, capabilities and parameters as they were, the guest running. Idempotent.
+
+        resume: False where a guest that `start` stopped must stay so (`diskreplica.on_null`).
+        """
         ...
 
     async def reset(self, qmp: Qmp) -> None:
